@@ -1,0 +1,1 @@
+"""Inodes, faultability, filemap and conversion; no I/O."""

@@ -1,0 +1,68 @@
+"""Which view shows which page: a page is reachable through exactly one at a time.
+
+    faultability   host view   guest view
+    ALL            OPEN        CLOSED
+    GUEST          CLOSED      OPEN
+    changing       CLOSED      CLOSED
+
+Only operations with the invalidate_lock held exclusively call these. Withdrawing is
+refuse first (CLOSING), then unmap everywhere, then CLOSED: a fault that was being
+answered has finished when the invalidation returns.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gmem.effects import Op, perform
+from gmem.guest_memfd.core.effects import InvalidateView, SetViewState
+from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.values import PageState, ViewKind
+from gmem.uapi.flags import Faultability
+from gmem.uapi.pages import PgRange
+
+VIEW_OF: Final = {
+    Faultability.GUEST: ViewKind.GUEST,
+    Faultability.ALL: ViewKind.HOST,
+}
+
+
+def withdraw(inode: Inode, view: ViewKind, pages: PgRange) -> Op[None]:
+    """Make pages unreachable through a view, for every process."""
+    number = inode.number
+    yield from perform(SetViewState(number, view, pages, PageState.CLOSING))
+    yield from perform(InvalidateView(number, view, pages))
+    yield from perform(SetViewState(number, view, pages, PageState.CLOSED))
+
+
+def withdraw_value(inode: Inode, pages: PgRange, value: Faultability) -> Op[None]:
+    """Withdraw those of `pages` that have a value, from the view that shows them."""
+    runs = inode.faultability.runs_of(pages, value)
+    if runs:
+        for run in runs:
+            inode.transit.add(run)
+        hull = PgRange(runs[0].start, runs[-1].stop)
+        yield from withdraw(inode, VIEW_OF[value], hull)
+
+
+def show(inode: Inode, pages: PgRange) -> Op[None]:
+    """Open each page's view, as faultability says."""
+    inode.transit.discard(pages)
+    for fragment in list(inode.faultability.runs(pages)):
+        view = VIEW_OF[fragment.faultability]
+        yield from perform(
+            SetViewState(inode.number, view, fragment.pages, PageState.OPEN)
+        )
+
+
+def with_withdrawn_guest(
+    inode: Inode, parts: list[PgRange], body: Op[None]
+) -> Op[None]:
+    """Run `body` while private pages are withdrawn from the guest."""
+    try:
+        for part in parts:
+            yield from withdraw_value(inode, part, Faultability.GUEST)
+        yield from body
+    finally:
+        for part in parts:
+            yield from show(inode, part)

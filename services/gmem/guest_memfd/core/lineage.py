@@ -1,0 +1,104 @@
+"""What the kernel series disagree on, as one row of rules per lineage.
+
+No core compares lineages: an inode is given its row when it is created.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from gmem.effects import Mode
+from gmem.guest_memfd.core.conversion import ConvertPolicy, convert
+from gmem.guest_memfd.core.conversion_exact import convert_exactly
+from gmem.guest_memfd.core.creation import ByBind, ByFlags, CreationPolicy
+from gmem.guest_memfd.core.eviction import EvictPolicy, free_at_once, free_page_by_page
+from gmem.guest_memfd.core.in_use import (
+    FreeableTest,
+    anything_is_freeable,
+    require_unreferenced_if_split,
+)
+from gmem.guest_memfd.core.restructure import Eager, RestructurePolicy
+from gmem.uapi.lineage import Lineage
+
+
+class Operation(Enum):
+    """What may need an inode's invalidate_lock."""
+
+    ALLOCATE = "allocate"
+    PUNCH = "punch"
+    BIND = "bind"
+    UNBIND = "unbind"
+    CLOSE = "close"
+    HOST_FAULT = "host_fault"
+    GET_PFN = "get_pfn"
+    PIN = "pin"
+    POPULATE = "populate"
+    CONVERT = "convert"
+    EVICT = "evict"
+
+
+@dataclass(frozen=True, slots=True)
+class LineageRules:
+    """How one series does what all of them do.
+
+    `lock_modes` says how each operation takes the invalidate_lock (None: not at all);
+    `bind_sets_faultability` whether a bind overwrites the range with the default of
+    the VM's type; `convert_ioctls` whether the file has ioctls that convert;
+    `holds_keep_inode` whether a page that is held keeps its inode alive. The others
+    are policies.
+    """
+
+    lock_modes: Mapping[Operation, Mode | None]
+    creation: CreationPolicy
+    bind_sets_faultability: bool
+    convert: ConvertPolicy
+    convert_ioctls: bool
+    restructure: RestructurePolicy
+    require_freeable: FreeableTest
+    holds_keep_inode: bool
+    evict_folios: EvictPolicy
+
+
+_RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
+    Operation.ALLOCATE: Mode.SHARED,
+    Operation.PUNCH: Mode.EXCLUSIVE,
+    Operation.BIND: Mode.EXCLUSIVE,
+    Operation.UNBIND: Mode.EXCLUSIVE,
+    Operation.CLOSE: Mode.EXCLUSIVE,
+    Operation.HOST_FAULT: Mode.SHARED,
+    # kvm_gmem_get_pfn() takes no lock in this series: it can meet a folio that is
+    # being truncated. The mmu_invalidate sequence of the VM catches it.
+    Operation.GET_PFN: None,
+    Operation.PIN: Mode.SHARED,
+    Operation.POPULATE: Mode.EXCLUSIVE,
+    Operation.CONVERT: Mode.EXCLUSIVE,
+    Operation.EVICT: Mode.EXCLUSIVE,
+}
+
+RULES: Final[Mapping[Lineage, LineageRules]] = {
+    Lineage.RFC_V1: LineageRules(
+        lock_modes=_RFC_V1_MODES,
+        creation=ByBind(),
+        bind_sets_faultability=True,
+        convert=convert,
+        convert_ioctls=False,
+        restructure=Eager(rounds_out=False, keeps_content=False),
+        require_freeable=anything_is_freeable,
+        holds_keep_inode=True,
+        evict_folios=free_at_once,
+    ),
+    Lineage.RFC_V2: LineageRules(
+        lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
+        creation=ByFlags(),
+        bind_sets_faultability=False,
+        convert=convert_exactly,
+        convert_ioctls=True,
+        restructure=Eager(rounds_out=True, keeps_content=True),
+        require_freeable=require_unreferenced_if_split,
+        holds_keep_inode=False,
+        evict_folios=free_page_by_page,
+    ),
+}
