@@ -1,0 +1,128 @@
+"""`python -m gmem.guest_memfd`: the inodes of one emulated host, as a process.
+
+It maps the page store, serves the views over the fuse connection that the keeper made,
+and maps no view itself. Exit status: that of `gmem.runtime.server.run_service`, or
+EXIT_NO_KEEPER where nobody handed the descriptors over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from gmem.client import HostAllocatorClient, Patience
+from gmem.guest_memfd import restart, servicer, takeover
+from gmem.guest_memfd.core.effects import Record, ScheduleMerge
+from gmem.guest_memfd.memory_ports import MemoryPorts
+from gmem.guest_memfd.page_store import PageStore
+from gmem.guest_memfd.remote_ports import RemotePorts
+from gmem.guest_memfd.service import GuestMemfdService
+from gmem.guest_memfd.view import handover
+from gmem.guest_memfd.view.handover import Handover
+from gmem.guest_memfd.view.session import ViewSession
+from gmem.guest_memfd.wait_ports import WaitPorts
+from gmem.runtime import log
+from gmem.runtime.broker import Broker
+from gmem.runtime.config import ServiceConfig
+from gmem.runtime.drive import Performer
+from gmem.runtime.log import logger
+from gmem.runtime.server import Runtime, open_journal, run_service
+from gmem.uapi.errors import TransportError
+
+EXIT_NO_KEEPER = 69
+BROKER_NAME = "guest_memfd.broker"
+# A restart of the allocator is waited for; what lasts longer fails the operation.
+ALLOCATOR_PATIENCE = Patience(attempts=20, total=5.0, longest_pause=0.5)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Take the descriptors over and serve; return the exit status."""
+    config = ServiceConfig.load("guest_memfd", argv)
+    log.configure(service=config.name, host=config.host, level=config.log_level)
+    try:
+        kept = handover.connect(config.run_dir)
+    except TransportError as error:
+        logger.critical("no keeper", error=str(error))
+        return EXIT_NO_KEEPER
+    return run_service(config, partial(start, kept=kept))
+
+
+async def start(runtime: Runtime, *, kept: Handover) -> None:
+    """Put the service together on the loop of `runtime` and have it served."""
+    config = runtime.config
+    store = PageStore.from_fd(kept.store_fd, kept.nr_pages)
+    broker = Broker(config.run_dir / BROKER_NAME)
+    journal = runtime.use(open_journal(config))
+    service = GuestMemfdService(config.host, broker, runtime.events, journal)
+    session = ViewSession(kept.fuse_fd, kept.mount_fd, store, service)
+    service.kept = kept
+    allocator = _allocator(runtime)
+    performer = Performer()
+    remote = RemotePorts(allocator, config.name)
+    remote.register(performer)
+    mapped = await asyncio.to_thread(takeover.mapped_source, kept, service)
+    memory = MemoryPorts(
+        session,
+        store,
+        broker,
+        kept,
+        mapped=mapped,
+        st_dev=os.makedev(0, kept.connection_id),
+        file_of=service.names.of,
+    )
+    memory.register(performer)
+    service.workers = memory.workers
+    waits = WaitPorts(service.parked_clients, service.lease_expired)
+    waits.register(performer)
+    runtime.before_stop(waits.stop)
+    performer.register_local(ScheduleMerge, service.schedule_merge)
+    service.session = session
+    service.runner = runtime.runner(performer)
+    performer.register_local(Record, lambda effect: runtime.record(effect.changes))
+    left = await restart.restore(service.journal, service, allocator, kept)
+    await takeover.take_over(kept, service, memory)
+    await service.run(service.core.resume_leases())
+    await broker.start()
+    await asyncio.to_thread(kept.serving)
+    service.expect_clients_again()
+    await restart.finish(service, left)
+    returning = asyncio.create_task(
+        restart.return_orphans(service, allocator, left, remote.lost)
+    )
+    servicer.serve(runtime, service, mapped.word)
+
+    # Last given comes first: clients are told, then the views end, then the rest.
+    runtime.on_stop(allocator.close)
+    runtime.on_stop(remote.close)
+    runtime.on_stop(partial(asyncio.to_thread, partial(_end, kept, session, memory)))
+    runtime.on_stop(broker.stop)
+    runtime.on_stop(partial(_cancelled, returning))
+    takeover.watch_keeper(kept, runtime)
+
+
+def _allocator(runtime: Runtime) -> HostAllocatorClient:
+    return HostAllocatorClient(
+        runtime.config.host_allocator_target,
+        client=runtime.config.name,
+        incarnation=runtime.incarnation,
+        patience=ALLOCATOR_PATIENCE,
+    )
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def _end(kept: Handover, session: ViewSession, memory: MemoryPorts) -> None:
+    kept.stopping()
+    session.stop()
+    memory.close()
+    kept.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

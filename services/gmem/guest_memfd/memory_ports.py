@@ -1,0 +1,300 @@
+"""The effects that this process answers itself: page states, bytes, who maps what."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import ParamSpec, Protocol, TypeVar
+
+from gmem.guest_memfd.core import effects as fx
+from gmem.guest_memfd.core.values import HostMapping, ViewKind
+from gmem.guest_memfd.page_states import InodeTable
+from gmem.guest_memfd.page_store import PageStore
+from gmem.guest_memfd.remote_finder import Finder
+from gmem.guest_memfd.view.session import ViewSession
+from gmem.runtime.broker import Broker, Session
+from gmem.runtime.drive import Performer
+from gmem.runtime.fusewire import nodeid_of
+from gmem.uapi.errors import BadRequest, Contended, InUse, KernelError, Reason
+from gmem.uapi.lineage import Lineage
+from gmem.uapi.pages import PAGE_SHIFT, PgRange
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Looking into page tables waits for the other process's mmap_lock; see mappings.py.
+SCAN_SECONDS_MAX = 2.0
+# Revocations and scans at once; each may sleep in the kernel.
+WORKERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MappedSource:
+    """How "mapped" is known, and the word for it in GetCapabilities."""
+
+    finder: Finder | None
+
+    @property
+    def word(self) -> str:
+        """`pagemap` where page tables can be read, `reported` where clients say it."""
+        return "reported" if self.finder is None else "pagemap"
+
+
+class TableKeeper(Protocol):
+    """Who keeps page states where our death does not reach them."""
+
+    def hold(self, table: InodeTable) -> None:
+        """Keep those of a new inode."""
+
+    def drop(self, ino: int) -> None:
+        """Forget those of an inode that is gone."""
+
+
+class MemoryPorts:
+    """Answers the LOCAL and BLOCKING effects of the guest_memfd core.
+
+    Tables live here from AddInode to RemoveInode; the session serves from the same.
+    """
+
+    def __init__(
+        self,
+        session: ViewSession,
+        store: PageStore,
+        broker: Broker,
+        keeper: TableKeeper,
+        *,
+        mapped: MappedSource,
+        st_dev: int,
+        file_of: Callable[[int], str],
+    ) -> None:
+        self._session = session
+        self._store = store
+        self._broker = broker
+        self._keeper = keeper
+        self._mapped = mapped
+        self._st_dev = st_dev
+        self._file_of = file_of
+        self._tables: dict[int, InodeTable] = {}
+        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="revoke")
+
+    def register(self, performer: Performer) -> None:
+        """Enter every effect of this file in the table of who answers what."""
+        performer.register_local(fx.AddInode, self._add_inode)
+        performer.register_local(fx.SetViewState, self._set_view_state)
+        performer.register_local(fx.AttachFolio, self._attach)
+        performer.register_local(fx.DetachFolio, self._detach)
+        performer.register_local(fx.ClearUptodate, self._clear_uptodate)
+        performer.register_local(fx.SetUptodate, self._set_uptodate)
+        performer.register_local(fx.IsUptodate, self._is_uptodate)
+        performer.register_local(fx.Prepare, self._prepare)
+        performer.register_local(fx.ZeroPages, self._zero)
+        blocking = partial(performer.register_blocking, workers=self.workers)
+        blocking(fx.InvalidateView, self._invalidate_view)
+        blocking(fx.QuiesceView, self._quiesce_view)
+        performer.register_remote(fx.RemoveInode, self._remove_inode)
+        performer.register_remote(fx.FindMappings, self._find_mappings)
+        performer.register_remote(fx.ReadDescriptor, self._read_descriptor)
+
+    def close(self) -> None:
+        """Let worker threads end; those asleep in the kernel are not waited for."""
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+    def adopt(self, table: InodeTable, *, host_mmap: bool) -> None:
+        """Serve the views of an inode whose page states are there already."""
+        self._tables[table.ino] = table
+        self._session.add_inode(table, host_mmap=host_mmap)
+
+    def _add_inode(self, effect: fx.AddInode) -> None:
+        table = InodeTable.create(effect.inode, effect.i_size, effect.page_size)
+        # Before anybody can open it: who stands in for us must know it.
+        self._keeper.hold(table)
+        self.adopt(table, host_mmap=effect.host_mmap)
+
+    def _set_view_state(self, effect: fx.SetViewState) -> None:
+        pages = effect.pages
+        self._session.set_state(
+            effect.inode, effect.view, pages.start, pages.stop, effect.state
+        )
+
+    def _attach(self, effect: fx.AttachFolio) -> None:
+        table = self._tables[effect.inode]
+        step = 1 << table.order
+        for number in range(effect.nr_folios):
+            table.attach(effect.index + number * step, effect.pfn + number * step)
+
+    def _detach(self, effect: fx.DetachFolio) -> None:
+        table = self._tables[effect.inode]
+        for number in range(effect.nr_folios):
+            table.detach(effect.index + (number << table.order))
+
+    def _clear_uptodate(self, effect: fx.ClearUptodate) -> None:
+        table = self._tables[effect.inode]
+        table.clear_uptodate(effect.pages.start, effect.pages.stop)
+
+    def _set_uptodate(self, effect: fx.SetUptodate) -> None:
+        table = self._tables[effect.inode]
+        table.set_uptodate(effect.pages.start, effect.pages.stop)
+
+    def _is_uptodate(self, effect: fx.IsUptodate) -> bool:
+        table = self._tables[effect.inode]
+        return bool(table.uptodate[effect.pages.start : effect.pages.stop].any())
+
+    def _prepare(self, effect: fx.Prepare) -> None:
+        table = self._tables[effect.inode]
+        for start, stop in self._frames_of(effect.inode, effect.pages):
+            for first, last in table.stale_in(start, stop):
+                self._store.clear(_pfn(table, first), last - first)
+                table.set_uptodate(first, last)
+
+    def _zero(self, effect: fx.ZeroPages) -> None:
+        table = self._tables[effect.inode]
+        for start, stop in self._frames_of(effect.inode, effect.pages):
+            self._store.clear(_pfn(table, start), stop - start)
+
+    def _frames_of(self, inode: int, pages: PgRange) -> list[tuple[int, int]]:
+        """Return runs of pages that have a folio, each within one folio."""
+        table = self._tables[inode]
+        step = 1 << table.order
+        runs: list[tuple[int, int]] = []
+        for start, stop in table.attached_in(pages.start, pages.stop):
+            cuts = range((start // step + 1) * step, stop, step)
+            bounds = [start, *cuts, stop]
+            runs += pairwise(bounds)
+        return runs
+
+    def _invalidate_view(self, effect: fx.InvalidateView) -> None:
+        pages = effect.pages
+        self._session.invalidate(effect.inode, effect.view, pages.start, pages.stop)
+
+    def _quiesce_view(self, effect: fx.QuiesceView) -> None:
+        pages = effect.pages
+        self._session.quiesce(effect.inode, ViewKind.HOST, pages.start, pages.stop)
+
+    async def _remove_inode(self, effect: fx.RemoveInode) -> None:
+        await self._in_worker(self._session.remove_inode, effect.inode)
+        self._keeper.drop(effect.inode)
+        self._tables.pop(effect.inode).close()
+
+    async def _find_mappings(self, effect: fx.FindMappings) -> tuple[HostMapping, ...]:
+        if self._session.open_count(effect.inode, ViewKind.HOST) == 0:
+            return ()
+        finder = self._mapped.finder
+        if finder is None:
+            return self._reported(effect, self._broker.sessions)
+        st_ino = nodeid_of(effect.inode, ViewKind.HOST)
+        try:
+            runs = await asyncio.wait_for(
+                self._in_worker(finder.find, st_ino, [effect.pages]), SCAN_SECONDS_MAX
+            )
+        except TimeoutError:
+            raise Contended(
+                Reason.PAGE_IN_USE,
+                f"the page tables of the processes could not be read within "
+                f"{SCAN_SECONDS_MAX:.0f} s: one of them waits in a fault; try again",
+                lineage=Lineage.RFC_V1,
+                error_offset=effect.pages.offset,
+            ) from None
+        self._require_seen(effect, finder)
+        seen = tuple(
+            HostMapping(run.pid, run.comm, run.pages.offset, run.pages.size)
+            for run in runs
+        )
+        # Clients of other pid namespaces are in no /proc that is looked into.
+        foreign = [session for session in self._broker.sessions if session.pid == 0]
+        return seen + self._reported(effect, foreign)
+
+    def _require_seen(self, effect: fx.FindMappings, finder: Finder) -> None:
+        """Refuse where a client of ours cannot be looked into."""
+        unseen = finder.hidden & {session.pid for session in self._broker.sessions}
+        if unseen:
+            pid = min(unseen)
+            raise Contended(
+                Reason.PAGE_IN_USE,
+                f"pid {pid} is connected and has more privileges than this service, "
+                "which cannot see what it maps: end it, or run the service with as "
+                "many",
+                lineage=Lineage.RFC_V1,
+                error_offset=effect.pages.offset,
+                holders=f"pid {pid}",
+            )
+
+    def _reported(
+        self, effect: fx.FindMappings, sessions: Iterable[Session]
+    ) -> tuple[HostMapping, ...]:
+        file = self._file_of(effect.inode)
+        found: list[HostMapping] = []
+        for session in sessions:
+            for window in session.windows:
+                if window.file == file and window.length:
+                    found += _within(session, window.offset, window.length, effect)
+        return tuple(found)
+
+    async def _read_descriptor(self, effect: fx.ReadDescriptor) -> None:
+        given = self._broker.descriptor(effect.descriptor)
+        # The giver may end meanwhile: the broker then closes its descriptor.
+        fd = os.dup(given.fd)
+        try:
+            await self._in_worker(self._copy_in, fd, effect)
+        finally:
+            await self._in_worker(os.close, fd)
+
+    def _copy_in(self, fd: int, effect: fx.ReadDescriptor) -> None:
+        if os.fstat(fd).st_dev == self._st_dev:
+            raise BadRequest(
+                Reason.DESCRIPTOR_TYPE,
+                f"{effect.descriptor} is a view of a guest_memfd: give a memfd or a "
+                "file with the bytes",
+            )
+        table = self._tables[effect.inode]
+        offset = effect.offset - effect.pages.offset
+        for start, stop in self._frames_of(effect.inode, effect.pages):
+            length = (stop - start) << PAGE_SHIFT
+            at = offset + (start << PAGE_SHIFT)
+            try:
+                self._store.copy_in(_pfn(table, start), fd, at, length)
+            except (OSError, KernelError) as error:
+                raise _unreadable(effect, fd, error) from error
+
+    async def _in_worker(
+        self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.workers, lambda: work(*args, **kwargs))
+
+
+def _pfn(table: InodeTable, pgoff: int) -> int:
+    pfn = table.pfn_of(pgoff)
+    assert pfn is not None, (table.ino, pgoff)
+    return pfn
+
+
+def _within(
+    session: Session, offset: int, length: int, effect: fx.FindMappings
+) -> list[HostMapping]:
+    first, last = offset >> PAGE_SHIFT, -(-(offset + length) >> PAGE_SHIFT)
+    part = PgRange(first, last).intersection(effect.pages)
+    if not len(part):
+        return []
+    # In another pid namespace only what it calls itself is known of it.
+    comm = session.comm or session.client
+    return [HostMapping(session.pid, comm, part.offset, part.size)]
+
+
+def _unreadable(effect: fx.ReadDescriptor, fd: int, error: Exception) -> KernelError:
+    size = os.fstat(fd).st_size
+    if stat.S_ISREG(os.fstat(fd).st_mode) and size < effect.offset + effect.pages.size:
+        return InUse(
+            Reason.PAGE_UNREADABLE,
+            f"{effect.descriptor} has {size} bytes and "
+            f"{effect.offset + effect.pages.size} are wanted: give a longer one",
+            available=size,
+        )
+    return BadRequest(
+        Reason.DESCRIPTOR_TYPE, f"{effect.descriptor} cannot be read: {error}"
+    )

@@ -1,0 +1,134 @@
+"""The effects that other services answer: the allocator below, the VMMs above."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+
+from gmem.client import HostAllocatorClient, VmmClient
+from gmem.effects import Effect
+from gmem.guest_memfd import codec
+from gmem.guest_memfd.core import effects as fx
+from gmem.guest_memfd.core.values import Folio
+from gmem.runtime.drive import Performer
+from gmem.uapi.errors import KernelError, TransportError
+from gmem.uapi.pages import PgRange
+
+# A VMM that has not acknowledged by then is fenced: its guest cannot reach the pages
+# anyway, because their view is closed and invalidated.
+ACKNOWLEDGE_SECONDS_MAX = 5.0
+
+E = TypeVar("E", bound=Effect[Any])
+
+log = structlog.get_logger(__name__)
+
+
+class RemotePorts:
+    """Answers the REMOTE effects of the guest_memfd core.
+
+    The client makes one request_id for each call and keeps it through repeats.
+    """
+
+    def __init__(self, allocator: HostAllocatorClient, client: str) -> None:
+        self._allocator = allocator
+        self._client = client
+        self._vmms: dict[str, VmmClient] = {}
+        self.lost = asyncio.Event()
+        """Set when the allocator did not answer: what became of the call is unknown."""
+
+    def register(self, performer: Performer) -> None:
+        """Enter every effect of this file in the table of who answers what."""
+        performer.register_remote(fx.Reserve, self._noticing(self._reserve))
+        performer.register_remote(fx.Allocate, self._noticing(self._allocate))
+        performer.register_remote(fx.Split, self._noticing(self._split))
+        performer.register_remote(fx.Reconstruct, self._noticing(self._reconstruct))
+        performer.register_remote(fx.Free, self._noticing(self._free))
+        performer.register_remote(fx.Unreserve, self._noticing(self._unreserve))
+        performer.register_remote(fx.InvalidateBegin, self._invalidate_begin)
+        performer.register_remote(fx.InvalidateEnd, self._invalidate_end)
+
+    def _noticing(
+        self, ask: Callable[[E], Awaitable[object]]
+    ) -> Callable[[E], Awaitable[object]]:
+        async def asked(effect: E) -> object:
+            try:
+                return await ask(effect)
+            except TransportError:
+                self.lost.set()
+                raise
+
+        return asked
+
+    async def close(self) -> None:
+        """Close the channels to the VMMs."""
+        for vmm in self._vmms.values():
+            await vmm.close()
+
+    async def _reserve(self, effect: fx.Reserve) -> int:
+        return await self._allocator.reserve(
+            page_size=effect.page_size, num_pages=effect.num_pages, owner=effect.owner
+        )
+
+    async def _allocate(self, effect: fx.Allocate) -> tuple[Folio, ...]:
+        folios = await self._allocator.allocate(
+            handle=effect.handle,
+            page_size=effect.page_size,
+            mempolicy=codec.mempolicy_to_wire(effect.mempolicy),
+            nr_folios=effect.nr_folios,
+        )
+        return tuple(codec.folio_from_wire(folio) for folio in folios)
+
+    async def _split(self, effect: fx.Split) -> int:
+        folio = codec.folio_to_wire(effect.folio)
+        return await self._allocator.split(handle=effect.handle, folio=folio)
+
+    async def _reconstruct(self, effect: fx.Reconstruct) -> int:
+        response = await self._allocator.reconstruct(
+            handle=effect.handle,
+            first_folio=codec.folio_to_wire(effect.folio),
+            nr_pages=1 << effect.folio.order,
+        )
+        return response.saved_vmemmap_pages
+
+    async def _free(self, effect: fx.Free) -> None:
+        folios = [codec.folio_to_wire(folio) for folio in effect.folios]
+        await self._allocator.free(handle=effect.handle, folios=folios)
+
+    async def _unreserve(self, effect: fx.Unreserve) -> None:
+        await self._allocator.unreserve(handle=effect.handle)
+
+    async def _invalidate_begin(self, effect: fx.InvalidateBegin) -> None:
+        vmm = self._vmm(effect.target)
+        await self._tell("begin", vmm.invalidate_begin, effect.vm, effect.gfns)
+
+    async def _invalidate_end(self, effect: fx.InvalidateEnd) -> None:
+        vmm = self._vmm(effect.target)
+        await self._tell("end", vmm.invalidate_end, effect.vm, effect.gfns)
+
+    def _vmm(self, target: str) -> VmmClient:
+        if target not in self._vmms:
+            self._vmms[target] = VmmClient(target, client=self._client)
+        return self._vmms[target]
+
+    async def _tell(
+        self,
+        what: str,
+        call: Callable[..., Awaitable[None]],
+        vm: str,
+        gfns: PgRange,
+    ) -> None:
+        """Ask once; a VMM that is dead, silent or without the VM has acknowledged."""
+        try:
+            await call(
+                vm=vm,
+                gfn=gfns.start,
+                npages=len(gfns),
+                timeout=ACKNOWLEDGE_SECONDS_MAX,
+            )
+        except (KernelError, TransportError) as error:
+            log.warning(
+                "vmm_counts_as_acknowledged", what=what, vm=vm, error=str(error)
+            )

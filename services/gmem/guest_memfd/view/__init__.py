@@ -1,0 +1,1 @@
+"""The FUSE session: each inode as two real files over one page store."""

@@ -1,0 +1,315 @@
+"""Serves the two views of every inode over one fuse connection.
+
+Threads, all of them daemons that hold no lock while they sleep:
+
+    dispatchers   read requests; answer from the store or park (N >= 3)
+    scanner       looks at what is parked each 20 ms
+    helper        another process, N-1 threads: writes INVAL_INODE
+
+The session owns neither descriptor: whoever made the connection closes them. It must
+live in a process that maps no view (design rule V1).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from gmem.guest_memfd.core.values import PageState, ViewKind
+from gmem.guest_memfd.page_states import InodeTable
+from gmem.guest_memfd.page_store import PageStore
+from gmem.guest_memfd.view.callbacks import ViewCallbacks
+from gmem.guest_memfd.view.calls import Calls
+from gmem.guest_memfd.view.channel import Channel
+from gmem.guest_memfd.view.counters import Counters, ViewStatistics
+from gmem.guest_memfd.view.dispatcher import Dispatch, Dispatcher
+from gmem.guest_memfd.view.faults import FAULT_WAIT_MAX, Faults, Scanner
+from gmem.guest_memfd.view.files import Files, open_by_name, open_by_secret
+from gmem.guest_memfd.view.invalidator import SYNC_PAGES_MIN, Invalidator
+from gmem.guest_memfd.view.node import ViewNode
+from gmem.guest_memfd.view.quiesce import Revoker, Runs
+from gmem.runtime.fusewire import nodeid_of
+from gmem.uapi.errors import BadRequest, InUse, NoSuchObject, Reason
+
+log = structlog.get_logger(__name__)
+
+DISPATCHERS_MIN = 3
+
+
+class ViewSession:
+    """One fuse connection and the views behind it.
+
+    `fuse_fd` is the connection, `mount_fd` an O_PATH descriptor of the mount's root,
+    `fault_wait_max` the seconds a READ may be parked. Threads start with `start()`;
+    `st_dev` is the device number of all views from then on.
+
+    From the event loop's thread only `add_inode`, `set_state` and `statistics` may be
+    called; the others block and belong in worker threads.
+    """
+
+    def __init__(
+        self,
+        fuse_fd: int,
+        mount_fd: int,
+        store: PageStore,
+        callbacks: ViewCallbacks,
+        *,
+        dispatchers: int = 4,
+        helpers: int | None = None,
+        fault_wait_max: float = FAULT_WAIT_MAX,
+    ) -> None:
+        helpers = dispatchers - 1 if helpers is None else helpers
+        if dispatchers < DISPATCHERS_MIN or not 0 < helpers < dispatchers:
+            raise BadRequest(
+                Reason.ARGUMENT_INVALID,
+                f"{dispatchers} dispatchers with {helpers} helpers can deadlock: take "
+                f"at least {DISPATCHERS_MIN}, and fewer helpers than dispatchers",
+            )
+        self._mount_fd = mount_fd
+        self._store = store
+        self._nodes: dict[int, ViewNode] = {}
+        self._helpers = helpers
+        self._counters = Counters()
+        self._channel = Channel(fuse_fd)
+        self._faults = Faults(
+            self._channel, callbacks, self._counters, fault_wait_max=fault_wait_max
+        )
+        self._files = Files(self._nodes, callbacks, self._counters)
+        self._calls = Calls(
+            self._channel, callbacks, self._counters, self._faults.something_parked
+        )
+        self._dispatch = Dispatch(self._nodes, self._faults, self._files, self._calls)
+        self._dispatchers = [
+            Dispatcher(
+                number, self._channel, self._dispatch, self._counters, self._finished
+            )
+            for number in range(dispatchers)
+        ]
+        self._scanner = Scanner(self._scan, self._faults.something_parked)
+        self._revoker: Revoker | None = None
+        self._helper_views: set[int] = set()
+        self._helper_views_lock = threading.Lock()
+        self._ending = threading.Lock()
+        self._alive = dispatchers
+        self._waker_tid = 0
+        self._stopped = False
+        self.st_dev = 0
+
+    def start(self, *, resend: bool = False) -> Self:
+        """Start helper, dispatchers and scanner; wait for the first answer of ours.
+
+        With `resend` the kernel first queues again what a predecessor had read and did
+        not answer: nobody else reads requests now. Raises InUse when the connection
+        has ended already.
+        """
+        if resend:
+            self._channel.resend()
+        invalidator = Invalidator(self._channel.fd, self._helpers)
+        self._revoker = Revoker(self._faults, invalidator, self._counters)
+        for dispatcher in self._dispatchers:
+            dispatcher.start()
+        self._scanner.start()
+        try:
+            self.st_dev = os.fstat(self._mount_fd).st_dev
+        except OSError as error:
+            raise InUse(
+                Reason.BINDING_BROKEN,
+                f"the fuse connection does not answer ({error.strerror}): start the "
+                "keeper again",
+            ) from error
+        return self
+
+    @property
+    def is_connected(self) -> bool:
+        """False once the kernel has ended the connection: all views fail closed."""
+        return not self._channel.dead
+
+    @property
+    def helper_pid(self) -> int:
+        """The process that writes invalidations."""
+        return self._started().invalidator.pid
+
+    def add_inode(self, table: InodeTable, *, host_mmap: bool = True) -> None:
+        """Serve the views of an inode that is not served yet.
+
+        Without `host_mmap`, mmap of the host view is ENODEV.
+        """
+        assert table.ino not in self._nodes, table.ino
+        node = ViewNode(table, self._store, host_mmap=host_mmap)
+        self._nodes[table.ino] = node
+
+    def remove_inode(self, ino: int) -> None:
+        """Serve an inode no longer: parked READs are EIO, later requests EIO or ESTALE.
+
+        Its pages must have been closed and invalidated before.
+        """
+        node = self._node(ino)
+        del self._nodes[ino]
+        self._faults.refuse_all(node)
+        for view in ViewKind:
+            with self._helper_views_lock:
+                known = nodeid_of(ino, view) in self._helper_views
+                self._helper_views.discard(nodeid_of(ino, view))
+            if known:
+                self._started().invalidator.drop_view(nodeid_of(ino, view))
+
+    def set_state(
+        self, ino: int, view: ViewKind, start: int, stop: int, state: PageState
+    ) -> None:
+        """Give pages `[start, stop)` of a view a state.
+
+        CLOSING and CLOSED answer every parked READ of the range with EIO; OPEN looks
+        at them again. On return no READ that was parked in a closed range is left.
+        """
+        self._faults.set_state(self._node(ino), view, start, stop, state)
+
+    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> None:
+        """Drop pages from every mapping, dirty bytes stored first; blocks until done.
+
+        Exactly this range. It must be closed, or nobody must convert it: an OPEN
+        range can be faulted in again at once. InUse when the connection is gone.
+        """
+        node = self._node(ino)
+        revoker = self._started()
+        runs = revoker.revocable(node, view, start, stop)
+        sync = self._sync_pays(node, view, runs)
+        revoker.invalidate(node, view, runs, sync=sync)
+
+    def quiesce(self, ino: int, view: ViewKind, start: int, stop: int) -> Runs:
+        """Have no page of a range cached and new READs wait; return what to reopen.
+
+        Pages that were not OPEN are left alone: the runs of pages returned, which are
+        QUIESCED now, are to be set OPEN within `fault_wait_max`. Blocks. Raises
+        Contended when clients refault faster than they can be held (nothing changed),
+        InUse when the connection is gone.
+        """
+        node = self._node(ino)
+        revoker = self._started()
+        runs = revoker.revocable(node, view, start, stop)
+        sync = self._sync_pays(node, view, runs)
+        return revoker.quiesce(node, view, start, stop, sync=sync)
+
+    def open_view(self, ino: int, view: ViewKind) -> int:
+        """Open a view and return its descriptor (O_RDWR, close-on-exec); blocks.
+
+        The descriptor is for handing out: this process must not map it.
+        """
+        self._node(ino)
+        if view is ViewKind.HOST:
+            return open_by_name(self._mount_fd, ino)
+        nodeid = nodeid_of(ino, view)
+        return open_by_secret(self._mount_fd, self._files, nodeid, internal=False)
+
+    def open_count(self, ino: int, view: ViewKind) -> int:
+        """Return how many open files of a view exist outside this session."""
+        return self._node(ino).table.opens(view)
+
+    @staticmethod
+    def st_ino(ino: int, view: ViewKind) -> int:
+        """Return the inode number that fstat and /proc/PID/maps show for a view."""
+        return nodeid_of(ino, view)
+
+    def statistics(self) -> ViewStatistics:
+        """Return a snapshot of the counters."""
+        parked = sum(len(node.parked) for node in list(self._nodes.values()))
+        return self._counters.total(parked_now=parked)
+
+    def parked_callers(self) -> frozenset[int]:
+        """Return the threads (tids) that wait in a parked READ."""
+        nodes = list(self._nodes.values())
+        return frozenset(
+            parked.pid for node in nodes for parked in list(node.parked.values())
+        )
+
+    def stop(self) -> None:
+        """End all threads and the helper; what is parked is EIO. Blocks, bounded.
+
+        Requests that come later wait in the connection: abort it, or let a successor
+        answer them.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        self._faults.close()
+        for node in list(self._nodes.values()):
+            self._faults.refuse_all(node)
+        self._calls.refuse_all()
+        # While dispatchers still answer: an invalidation under way needs them.
+        self._started().invalidator.stop()
+        self._wake_dispatchers()
+        self._scanner.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _started(self) -> Revoker:
+        assert self._revoker is not None, "start() was not called"
+        return self._revoker
+
+    def _node(self, ino: int) -> ViewNode:
+        node = self._nodes.get(ino)
+        if node is None:
+            raise NoSuchObject(
+                Reason.INODE_UNKNOWN, f"inode {ino} has no views: create it first"
+            )
+        return node
+
+    def _scan(self) -> int:
+        return self._faults.scan(list(self._nodes.values())) + self._calls.scan()
+
+    def _sync_pays(self, node: ViewNode, view: ViewKind, runs: Runs) -> bool:
+        """Tell whether to write back in bulk first; the helper has the view then."""
+        large = any(stop - start >= SYNC_PAGES_MIN for start, stop in runs)
+        if not large or node.table.opens(view) == 0:
+            return False
+        # It takes its time: whose system call this is may be killed meanwhile.
+        self._faults.something_parked.set()
+        nodeid = nodeid_of(node.ino, view)
+        with self._helper_views_lock:
+            if nodeid not in self._helper_views:
+                fd = open_by_secret(self._mount_fd, self._files, nodeid, internal=True)
+                self._started().invalidator.add_view(nodeid, fd)
+                self._helper_views.add(nodeid)
+        return True
+
+    def _wake_dispatchers(self) -> None:
+        """End the dispatchers, which sleep in read(2), by asking them something.
+
+        Each ends after one more request. The last one ends only with a request of the
+        waker: were it to end with somebody else's, the waker would wait for ever.
+        """
+        waker = threading.Thread(target=self._wake, name="view-waker", daemon=True)
+        waker.start()
+        for thread in (waker, *self._dispatchers):
+            thread.join()
+
+    def _wake(self) -> None:
+        self._waker_tid = threading.get_native_id()
+        while self._alive and not self._channel.dead:
+            try:
+                os.fstat(self._mount_fd)
+            except OSError as error:
+                # The connection was aborted: every reader has ended or will.
+                log.info("view_session_disconnected", error=error.strerror)
+                return
+
+    def _finished(self, pid: int) -> bool:
+        if not self._stopped or not self._waker_tid:
+            return False
+        with self._ending:
+            if self._alive == 1 and pid != self._waker_tid:
+                return False
+            self._alive -= 1
+            return True

@@ -1,0 +1,1 @@
+"""The keeper: holds the descriptors of one host's views, and makes them with root."""
