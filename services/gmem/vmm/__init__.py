@@ -1,0 +1,1 @@
+"""KVM for one or more VMs, and the policy around it."""

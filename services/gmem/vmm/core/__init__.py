@@ -1,0 +1,1 @@
+"""VMs, memslots, attributes and stage 2; no I/O."""

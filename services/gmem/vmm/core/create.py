@@ -1,0 +1,147 @@
+"""KVM_CREATE_GUEST_MEMFD: the flag word of each series, and what it asks for.
+
+R39's kvm_gmem_create() knows one flag for huge pages and, only with it, six bits with
+the logarithm of their size. A logarithm of 0 means the default huge page size, and then
+alone a size that is no multiple is rounded up.
+
+R51 has the flag and the bits elsewhere, two flags for sharing, and rounds nothing: the
+size is checked against PAGE_SIZE by itself, against the huge page by the allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from gmem.effects import Op, perform
+from gmem.uapi.errors import BadRequest, Reason
+from gmem.uapi.flags import (
+    GUEST_MEMFD_FLAG_INIT_PRIVATE,
+    GUEST_MEMFD_FLAG_SUPPORT_SHARED,
+    GUESTMEM_HUGE_MASK,
+    GUESTMEM_HUGE_SHIFT,
+    KVM_GUEST_MEMFD_HUGE_MASK,
+    KVM_GUEST_MEMFD_HUGE_SHIFT,
+    RFC_V1_HUGE_PAGES,
+    RFC_V2_HUGE_PAGES,
+)
+from gmem.uapi.lineage import Lineage
+from gmem.uapi.pages import HUGE_PAGE_SIZES, PAGE_SIZE, SIZE_2M
+from gmem.vmm.core.effects import CreateFile
+from gmem.vmm.core.vm import Vm
+
+DEFAULT_HUGE_PAGE_SIZE: Final = SIZE_2M
+_SIZE_BITS: Final = KVM_GUEST_MEMFD_HUGE_MASK << KVM_GUEST_MEMFD_HUGE_SHIFT
+_RFC_V2_SIZE_BITS: Final = GUESTMEM_HUGE_MASK << GUESTMEM_HUGE_SHIFT
+_PAGE_SIZE_OF_LOG: Final = {0: DEFAULT_HUGE_PAGE_SIZE} | {
+    size.bit_length() - 1: size for size in HUGE_PAGE_SIZES
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileShape:
+    """Bytes of the file and of each of its folios; who may fault it, where said."""
+
+    size: int
+    page_size: int
+    support_shared: bool = False
+    init_private: bool = False
+
+
+def rfc_v1_shape(size: int, flags: int) -> FileShape:
+    """Decode the flag word of the 39-patch series.
+
+    Raises BadRequest: FLAG_UNKNOWN, FLAG_COMBINATION, PAGE_SIZE_UNKNOWN, SIZE_INVALID.
+    """
+    unknown = flags & ~(RFC_V1_HUGE_PAGES | _SIZE_BITS)
+    if unknown:
+        raise BadRequest(
+            Reason.FLAG_UNKNOWN, f"flag bits {unknown:#x} mean nothing: clear them"
+        )
+    log = (flags >> KVM_GUEST_MEMFD_HUGE_SHIFT) & KVM_GUEST_MEMFD_HUGE_MASK
+    if not flags & RFC_V1_HUGE_PAGES:
+        _require_no_log(log, RFC_V1_HUGE_PAGES)
+        return _shape(size, PAGE_SIZE)
+    page_size = _huge_page_size(log)
+    if log == 0:
+        size = -(-size // page_size) * page_size
+    return _shape(size, page_size)
+
+
+def rfc_v2_shape(size: int, flags: int) -> FileShape:
+    """Decode the flag word of the 51-patch series; refusals as rfc_v1_shape()."""
+    known = GUEST_MEMFD_FLAG_SUPPORT_SHARED | GUEST_MEMFD_FLAG_INIT_PRIVATE
+    unknown = flags & ~(known | RFC_V2_HUGE_PAGES | _RFC_V2_SIZE_BITS)
+    if unknown:
+        raise BadRequest(
+            Reason.FLAG_UNKNOWN, f"flag bits {unknown:#x} mean nothing: clear them"
+        )
+    support_shared = bool(flags & GUEST_MEMFD_FLAG_SUPPORT_SHARED)
+    init_private = bool(flags & GUEST_MEMFD_FLAG_INIT_PRIVATE)
+    if init_private and not support_shared:
+        raise BadRequest(
+            Reason.FLAG_COMBINATION,
+            f"INIT_PRIVATE ({GUEST_MEMFD_FLAG_INIT_PRIVATE:#x}) needs SUPPORT_SHARED "
+            f"({GUEST_MEMFD_FLAG_SUPPORT_SHARED:#x}): set both",
+        )
+    log = flags >> GUESTMEM_HUGE_SHIFT & GUESTMEM_HUGE_MASK
+    huge = bool(flags & RFC_V2_HUGE_PAGES)
+    if not huge:
+        _require_no_log(log, RFC_V2_HUGE_PAGES)
+    _shape(size, PAGE_SIZE)
+    shape = _shape(size, _huge_page_size(log) if huge else PAGE_SIZE)
+    return replace(shape, support_shared=support_shared, init_private=init_private)
+
+
+SHAPE_OF: Final[dict[Lineage, Callable[[int, int], FileShape]]] = {
+    Lineage.RFC_V1: rfc_v1_shape,
+    Lineage.RFC_V2: rfc_v2_shape,
+}
+
+
+def create_guest_memfd(vm: Vm, size: int, flags: int) -> Op[str]:
+    """Make a guest_memfd for `vm`; return its name.
+
+    Raises what the decoder of the lineage does, and POOL_EMPTY and its kin.
+    """
+    shape = SHAPE_OF[vm.lineage](size, flags)
+    effect = CreateFile(
+        vm.name,
+        shape.size,
+        shape.page_size,
+        vm.lineage,
+        support_shared=shape.support_shared,
+        init_private=shape.init_private,
+    )
+    return (yield from perform(effect))
+
+
+def _require_no_log(log: int, huge_pages: int) -> None:
+    if log:
+        raise BadRequest(
+            Reason.FLAG_COMBINATION,
+            f"a page size of 2^{log} needs flag {huge_pages:#x}: set both",
+            log=log,
+        )
+
+
+def _huge_page_size(log: int) -> int:
+    if log not in _PAGE_SIZE_OF_LOG:
+        raise BadRequest(
+            Reason.PAGE_SIZE_UNKNOWN,
+            f"no huge pages of 2^{log} bytes here: use 21 (2M) or 30 (1G)",
+            log=log,
+        )
+    return _PAGE_SIZE_OF_LOG[log]
+
+
+def _shape(size: int, page_size: int) -> FileShape:
+    if size <= 0 or size % page_size:
+        raise BadRequest(
+            Reason.SIZE_INVALID,
+            f"size {size} is not a positive multiple of {page_size}: round it up",
+            size=size,
+            page_size=page_size,
+        )
+    return FileShape(size, page_size)

@@ -1,0 +1,1 @@
+"""The guest process of one VM: vCPUs, their programs, and the only mappings."""
