@@ -1,0 +1,1 @@
+"""gmemctl, the command line."""

@@ -1,0 +1,38 @@
+"""Options that all commands share, and the host that they name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from gmem.ctl import options
+from gmem.ctl.directories import HostDirectory, base_directory
+from gmem.ctl.elsewhere import host_elsewhere
+from gmem.ctl.state import HostState, require_state
+
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="One JSON document, also for an error.")
+]
+Host: TypeAlias = Annotated[str, typer.Option("--host", help="The emulated host.")]
+RunDir: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        help="Directory of all hosts; else GMEM_RUN_DIR, XDG_RUNTIME_DIR/gmem or "
+        "/tmp/gmem-UID.",
+    ),
+]
+
+
+def directory_of(run_dir: Path | None, host: str) -> HostDirectory:
+    """Return where a host's files are. Raises ControlError for a name that is none."""
+    return HostDirectory(base_directory(run_dir, os.environ), options.parse_host(host))
+
+
+def state_of(run_dir: Path | None, host: str) -> HostState:
+    """Return a host that is up, here or elsewhere. Raises ControlError."""
+    directory = directory_of(run_dir, host)
+    return host_elsewhere(os.environ, host) or require_state(directory)

@@ -1,0 +1,1 @@
+"""The demo: one VM with 1G pages from boot to teardown, in separate processes."""

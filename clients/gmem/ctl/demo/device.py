@@ -1,0 +1,90 @@
+"""`python -m gmem.ctl.demo.device`: answers a guest's requests in shared pages."""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+import time
+from typing import Any, Final
+
+from gmem.ctl.demo.program import serve
+from gmem.device import RingDevice
+from gmem.memory import MappedWindow, open_host_view
+from gmem.uapi.flags import (
+    KVM_GMEM_CONVERT_FORMAT,
+    KVM_GMEM_CONVERT_PRIVATE,
+    KVM_GMEM_CONVERT_SHARED,
+)
+
+NAME = "gmem-device"
+POLL_SECONDS: Final = 0.0005
+
+
+class Device:
+    """One window of the host view with a ring at its start."""
+
+    def __init__(self) -> None:
+        self._view: MappedWindow | None = None
+
+    def open(
+        self, *, token: str, broker: str, file: str, offset: int, size: int
+    ) -> dict[str, Any]:
+        """Map the bounce window."""
+        self._view = open_host_view(token, broker, offset, size, client=NAME, file=file)
+        return {"mapped": len(self._view)}
+
+    def answer(self, *, requests: int, seconds: float) -> dict[str, Any]:
+        """Answer `requests` requests; give up after `seconds` without one."""
+        ring = RingDevice(self._window)
+        answered = 0
+        deadline = time.monotonic() + seconds
+        while answered < requests and time.monotonic() < deadline:
+            now = ring.poll()
+            answered += now
+            if now:
+                deadline = time.monotonic() + seconds
+            else:
+                time.sleep(POLL_SECONDS)
+        return {"answered": answered}
+
+    def convert(self, *, private: bool, size: int) -> dict[str, Any]:
+        """Convert the first pages of the window by the ioctl of its own descriptor."""
+        request = KVM_GMEM_CONVERT_PRIVATE if private else KVM_GMEM_CONVERT_SHARED
+        argument = bytearray(
+            struct.pack(KVM_GMEM_CONVERT_FORMAT, self._window.offset, size, 0)
+        )
+        fcntl.ioctl(self._window.fd, request, argument)
+        return {}
+
+    def read(self, *, size: int) -> dict[str, Any]:
+        """Read the start of the window, safely."""
+        return {"hex": self._window.read(0, size).hex()}
+
+    def dont_need(self) -> dict[str, Any]:
+        """Drop what is mapped, as a device does before its pages become private."""
+        self._window.dont_need()
+        return {}
+
+    @property
+    def _window(self) -> MappedWindow:
+        assert self._view is not None, "open comes first"
+        return self._view
+
+
+def main() -> None:
+    """Serve the demo."""
+    device = Device()
+    serve(
+        NAME,
+        {
+            "open": device.open,
+            "answer": device.answer,
+            "convert": device.convert,
+            "read": device.read,
+            "dont_need": device.dont_need,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

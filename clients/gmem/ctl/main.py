@@ -1,0 +1,247 @@
+"""gmemctl: start an emulated host, look at it, see one conversion, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gmem.ctl import inspection, lifecycle, options, reports
+from gmem.ctl.arguments import Host, Json, RunDir, directory_of, state_of
+from gmem.ctl.demo import command as demo_command
+from gmem.ctl.directories import base_directory
+from gmem.ctl.elsewhere import host_elsewhere
+from gmem.ctl.errors import EPILOG, ExitStatus
+from gmem.ctl.launcher import Plan
+from gmem.ctl.output import console, print_json, reporting
+from gmem.ctl.pools import pool_app
+from gmem.ctl.vms import vm_app
+from gmem.uapi.lineage import Lineage
+
+DISTRIBUTION = "gmem-emulator"
+
+app = typer.Typer(
+    name="gmemctl",
+    help="Emulated hosts whose VMs get memory from guest_memfd with 1G pages.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+inode_app = typer.Typer(help="guest_memfd inodes.", no_args_is_help=True)
+app.add_typer(inode_app, name="inode")
+app.add_typer(pool_app, name="pool")
+app.add_typer(vm_app, name="vm")
+
+
+@app.command(epilog=EPILOG)
+def up(
+    *,
+    host: Host = "local",
+    nodes: Annotated[
+        int, typer.Option(min=1, max=options.NODES_MAX, help="NUMA nodes.")
+    ] = 2,
+    memory: Annotated[str, typer.Option(help="Memory of each node, e.g. 16G.")] = "16G",
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pages at boot, SIZE:PAGES or SIZE:PAGES@NODE; repeatable. "
+            f"Default: {', '.join(options.DEFAULT_POOLS)}."
+        ),
+    ] = None,
+    default_hugepagesz: Annotated[
+        str, typer.Option(help="The size that HugePages_* of meminfo speak of.")
+    ] = "2M",
+    vmms: Annotated[
+        int, typer.Option(min=1, max=options.VMMS_MAX, help="VMM processes.")
+    ] = 1,
+    user: Annotated[
+        str | None,
+        typer.Option(
+            help="Run all services but the keeper as this user, name or uid. "
+            "Default: as yourself."
+        ),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Start the keeper of a running host again, nothing else."
+        ),
+    ] = False,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Start a host: its services as processes of this machine."""
+    with reporting(as_json):
+        directory = directory_of(run_dir, host)
+        if repair:
+            lifecycle.repair(directory, as_json=as_json)
+            return
+        shape = options.host_shape(
+            nodes,
+            options.parse_memory(memory),
+            [options.parse_pool(text) for text in pool or options.DEFAULT_POOLS],
+            options.parse_page_size(default_hugepagesz),
+        )
+        who = None if user is None else options.parse_user(user)
+        plan = Plan(directory, shape, vmms, user=who)
+        lifecycle.up(plan, as_json=as_json)
+
+
+@app.command(epilog=EPILOG)
+def status(
+    host: Annotated[
+        str | None, typer.Option("--host", help="One host; default: all of them.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until all answer.")
+    ] = 0,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show the services of the hosts, and whether each answers."""
+    with reporting(as_json):
+        base = base_directory(run_dir, os.environ)
+        if host is not None:
+            options.parse_host(host)
+        answers = lifecycle.status(base, host, wait_seconds=wait, as_json=as_json)
+    raise typer.Exit(int(ExitStatus.DONE if answers else ExitStatus.UNREACHABLE))
+
+
+@app.command(epilog=EPILOG)
+def down(
+    host: Host = "local",
+    force: Annotated[
+        bool, typer.Option("--force", help="Kill, after a crash; only its own.")
+    ] = False,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """End a host; leave no process, socket or file of it behind."""
+    with reporting(as_json):
+        lifecycle.down(directory_of(run_dir, host), force=force, as_json=as_json)
+
+
+@app.command(epilog=EPILOG)
+def meminfo(
+    host: Host = "local", run_dir: RunDir = None, as_json: Json = False
+) -> None:
+    """Print /proc/meminfo of the emulated host."""
+    with reporting(as_json):
+        state = state_of(run_dir, host)
+        statistics = asyncio.run(inspection.statistics(state))
+        if as_json:
+            print_json(inspection.message_values(statistics))
+        else:
+            sys.stdout.write(inspection.meminfo_text(statistics.meminfo))
+
+
+@app.command(epilog=EPILOG)
+def numastat(
+    host: Host = "local", run_dir: RunDir = None, as_json: Json = False
+) -> None:
+    """Print memory per node as numastat -m does, in MBs."""
+    with reporting(as_json):
+        statistics = asyncio.run(inspection.statistics(state_of(run_dir, host)))
+        if as_json:
+            rows = dict(reports.numastat_rows(statistics))
+            print_json({"unit": "MiB", "columns": "nodes, then total", "rows": rows})
+        else:
+            sys.stdout.write(reports.numastat_text(statistics))
+
+
+@app.command("page-types", epilog=EPILOG)
+def page_types(
+    host: Host = "local", run_dir: RunDir = None, as_json: Json = False
+) -> None:
+    """Count the frames of a host by their flags, as the kernel's page-types does."""
+    with reporting(as_json):
+        counts = asyncio.run(reports.page_flags(state_of(run_dir, host)))
+        if as_json:
+            print_json({"types": reports.page_type_values(counts)})
+        else:
+            sys.stdout.write(reports.page_types_text(counts))
+
+
+@inode_app.command("list", epilog=EPILOG)
+def inode_list(
+    host: Host = "local", run_dir: RunDir = None, as_json: Json = False
+) -> None:
+    """List the guest_memfd inodes of a host."""
+    with reporting(as_json):
+        inodes = asyncio.run(inspection.inodes(state_of(run_dir, host)))
+        if as_json:
+            print_json({"inodes": [inspection.message_values(i) for i in inodes]})
+        else:
+            inspection.print_inodes(inodes)
+
+
+@inode_app.command("show", epilog=EPILOG)
+def inode_show(
+    name: Annotated[str, typer.Argument(help="Inode number, or its resource name.")],
+    host: Host = "local",
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show one inode: folios, who may fault what, who holds what."""
+    with reporting(as_json):
+        state = state_of(run_dir, host)
+        full_name = inspection.inode_name(state.host, name)
+        inode = asyncio.run(inspection.inode(state, full_name))
+        if as_json:
+            print_json(inspection.message_values(inode))
+        else:
+            inspection.print_inode(inode)
+
+
+@app.command(epilog=EPILOG)
+def demo(
+    payload: Annotated[
+        Path | None,
+        typer.Option(help="What the guest is given; default: this Python's ELF file."),
+    ] = None,
+    lineage: Annotated[
+        Lineage, typer.Option(help="The kernel series whose behaviour it shows.")
+    ] = Lineage.RFC_V1,
+    host: Host = "demo",
+    programs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory with the sockets of programs in containers; for the host "
+            "that GMEM_TARGETS describes."
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a VM with 1G pages from boot to teardown, in real processes."""
+    with reporting(as_json):
+        ended = demo_command.run(
+            directory_of(run_dir, host),
+            payload,
+            as_json=as_json,
+            lineage=lineage,
+            elsewhere=host_elsewhere(os.environ),
+            programs=programs,
+        )
+    raise typer.Exit(int(ended))
+
+
+@app.command(epilog=EPILOG)
+def version(as_json: Json = False) -> None:
+    """Print the version of the distribution."""
+    number = importlib.metadata.version(DISTRIBUTION)
+    if as_json:
+        print_json({"distribution": DISTRIBUTION, "version": number})
+    else:
+        console().print(f"{DISTRIBUTION} {number}", markup=False)
+
+
+def main() -> None:
+    """Be the program gmemctl."""
+    app(prog_name="gmemctl")
