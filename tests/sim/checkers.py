@@ -1,0 +1,268 @@
+"""What must be true of a host at every moment: one function for each invariant.
+
+A checker reads the cores and the model, and says in one sentence what does not hold. It
+is called after every step, also while operations are half-way: what they may have left
+undone is known from the requests under way (`in_flight`, `restructuring`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from gmem.guest_memfd.core.effects import AttachFolio, DetachFolio
+from gmem.guest_memfd.core.filemap import Entry
+from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.registry import ByteRange
+from gmem.guest_memfd.core.values import PageState, ViewKind
+from gmem.host_allocator.core.vmemmap import saved_vmemmap_pages
+from gmem.uapi.flags import Faultability
+from gmem.uapi.pages import PAGE_SIZE, PgRange
+from gmem.vmm.core.memslots import Memslot
+from gmem.vmm.core.mmu import Entry as Stage2Entry
+from gmem.vmm.core.vm import Vm
+from tests.sim.host import Host
+
+_REACHABLE: Final = (PageState.OPEN, PageState.CLOSING)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A host between two steps; `folios` of each inode, also while it is evicted."""
+
+    host: Host
+    folios: list[tuple[Inode, list[tuple[int, Entry]]]]
+
+    @classmethod
+    def now(cls, host: Host) -> Moment:
+        """Read the filemaps once for all checkers."""
+        inodes = host.guest_memfd._inodes.values()
+        return cls(host, [(inode, list(_entries(inode))) for inode in inodes])
+
+
+def check(host: Host) -> None:
+    """Call every checker of a single moment."""
+    moment = Moment.now(host)
+    every_folio_is_somewhere_once(moment)
+    subpools_fit_their_hstate(moment)
+    filemaps_tile_without_overlap(moment)
+    vmemmap_matches_structure(moment)
+    host_maps_only_faultable_pages(moment)
+    no_guest_mapping_of_a_changed_page(moment)
+
+
+def every_folio_is_somewhere_once(moment: Moment) -> None:
+    """A folio is free, or in one filemap, held by someone, or between two services."""
+    host = moment.host
+    places: dict[int, tuple[str, int, int | None]] = {}
+
+    def place(pfn: int, kind: str, number: int, handle: int | None = None) -> None:
+        if pfn in places:
+            host.world.broken(f"{pfn:#x}: {places[pfn]}, and {kind} {number}")
+        places[pfn] = kind, number, handle
+
+    for inode, folios in moment.folios:
+        for _, entry in folios:
+            place(entry.folio.pfn, "filemap", inode.number, inode.handle)
+        for orphan in inode.references.orphans:
+            place(orphan.folio.pfn, "orphan", inode.number, inode.handle)
+    for key, in_flight in host.in_flight.items():
+        for folio in in_flight:
+            place(folio.pfn, "in flight", key)
+
+    for key, folio in host.restructuring.items():
+        # Out of the filemap already where it is made whole to be freed.
+        if folio.pfn not in places:
+            place(folio.pfn, "restructuring", key)
+
+    owned = _owned(host)
+    for pfn, (kind, number, handle) in places.items():
+        if pfn not in owned or handle not in (None, owned[pfn]):
+            host.world.broken(f"{pfn:#x} ({kind} {number}) is not its owner's")
+    # An unpin has the orphans that it frees in hand, one after the other.
+    unpins = any(task.name.startswith("unpin") for task in host.world.tasks.values())
+    if len(owned) > len(places) and not unpins:
+        lost = [hex(pfn) for pfn in owned if pfn not in places]
+        host.world.broken(f"folios {lost} are allocated and nowhere")
+
+
+def _owned(host: Host) -> dict[int, int]:
+    """Return the handle of each folio that the allocator thinks guest_memfd has."""
+    owned = {
+        pfn: live.handle
+        for pool in host.allocator.hugetlb.values()
+        for pfn, live in pool.live.items()
+    }
+    for claim in host.allocator.base.claims.values():
+        if claim.handle != host.hog:
+            for frames in claim.frames:
+                for run in frames.runs():
+                    owned.update(dict.fromkeys(run, claim.handle))
+    return owned
+
+
+def subpools_fit_their_hstate(moment: Moment) -> None:
+    """What subpools use is live, what they wait for is reserved, and is there."""
+    world = moment.host.world
+    for pool in moment.host.allocator.hugetlb.values():
+        used = reserved = 0
+        for subpool in pool.subpools.values():
+            used += subpool.used_hpages
+            reserved += subpool.rsv_hpages
+            if subpool.used_hpages + subpool.rsv_hpages != subpool.max_hpages:
+                world.broken(f"{subpool} does not add up")
+        if used != len(pool.live):
+            world.broken(f"{used} folios are used, {len(pool.live)} live")
+        free, resv = pool.hstate.free_huge_pages, pool.hstate.resv_huge_pages
+        if not reserved == resv <= free:
+            world.broken(f"subpools have {reserved} reserved, {resv=}, {free=}")
+
+
+def filemaps_tile_without_overlap(moment: Moment) -> None:
+    """Folios are aligned, inside i_size, and shown where the filemap says so."""
+    host = moment.host
+    for inode, folios in moment.folios:
+        unit = 1 << inode.order
+        attached = {}
+        for index, entry in folios:
+            aligned = index % unit == 0 and entry.folio.pfn % unit == 0
+            if not aligned or index + unit > len(inode.whole):
+                host.world.broken(f"inode {inode.number}: {entry} at {index:#x}")
+            if entry.attached:
+                attached[index] = entry.folio.pfn
+        table = host.memory.tables.get(inode.number)
+        if table is None or attached == table.frames or _is_attaching(host, inode):
+            continue
+        host.world.broken(f"{inode.number}: {attached}, not {table.frames}")
+
+
+def vmemmap_matches_structure(moment: Moment) -> None:
+    """Whole and free folios have given their vmemmap pages, split ones have not."""
+    host = moment.host
+    saved = 0
+    for pool in host.allocator.hugetlb.values():
+        whole = pool.hstate.nr_huge_pages
+        whole -= sum(live.is_split for live in pool.live.values())
+        saved += whole * saved_vmemmap_pages(pool.hstate.order)
+    if saved != host.allocator.vmemmap.saved_pages:
+        host.world.broken(f"{saved} pages saved, not {host.allocator.vmemmap}")
+    moving = [folio.pfn for folio in host.restructuring.values()]
+    for inode, folios in moment.folios:
+        for index, entry in folios if inode.order else ():
+            pfn = entry.folio.pfn
+            live = host.allocator.hugetlb[inode.page_size].live[pfn]
+            if live.is_split is not entry.split and pfn not in moving:
+                host.world.broken(f"{inode.number}, {index:#x}: {entry}, {live}")
+
+
+def host_maps_only_faultable_pages(moment: Moment) -> None:
+    """A mapping leads to the folio that is there, while its view may show the page.
+
+    The same of the guest process and its view.
+    """
+    host = moment.host
+    for inode, _ in moment.folios:
+        table = host.memory.tables.get(inode.number)
+        for view in ViewKind if table is not None else ():
+            assert table is not None
+            for (who, pgoff), frame in table.mapped[view].items():
+                state = table.views[view][pgoff]
+                where = inode.number, view.name, pgoff
+                if state not in _REACHABLE:
+                    host.world.broken(f"{where} is mapped by {who} in {state=}")
+                if table.frame_of(pgoff) != frame and not _is_attaching(host, inode):
+                    host.world.broken(f"{where}: {who} reaches another folio")
+                if state == PageState.OPEN:
+                    shared = inode.faultability[pgoff] is Faultability.ALL
+                    if shared is not (view is ViewKind.HOST):
+                        host.world.broken(f"{where} is mapped by {who}, {shared=}")
+
+
+def no_guest_mapping_of_a_changed_page(moment: Moment) -> None:
+    """Stage 2 agrees with filemap and attributes outside an invalidate bracket."""
+    host = moment.host
+    for name in host.vmm.names():
+        vm = host.vmm.get(name)
+        for entry in vm.stage2:
+            if vm.invalidation.must_retry(vm.invalidation.seq, entry.gfns):
+                continue
+            for run, attributes in vm.attributes.runs(entry.gfns):
+                if bool(attributes) is not entry.private:
+                    host.world.broken(f"{name}: {entry}, but {run} is {attributes!r}")
+            if entry.private:
+                _require_current(host, vm, entry)
+
+
+def _require_current(host: Host, vm: Vm, entry: Stage2Entry) -> None:
+    slot = vm.memslots.find(entry.gfn)
+    if slot is None:
+        host.world.broken(f"{vm.name}: {entry} without a memslot")
+    number = int(slot.region.guest_memfd)
+    inode = host.guest_memfd._inodes.get(number)
+    if inode is None:
+        host.world.broken(f"{vm.name}: {entry} of inode {number}, which is gone")
+    pages = _pages(slot, entry.gfns)
+    for index in pages.huge_starts(inode.order):
+        found = inode.filemap.get(index)
+        first = max(index, pages.start)
+        pfn = entry.pfn + first - pages.start
+        if found is None or found.folio.pfn + first - index != pfn:
+            host.world.broken(f"{vm.name}: {entry} is stale: {found}")
+    for run in inode.faultability.runs_of(pages, Faultability.ALL):
+        # A failed conversion leaves pages shared whose attribute is private.
+        if not any(
+            mix.inode == number and mix.pages.covers(run) for mix in host.memory.mixes
+        ):
+            host.world.broken(f"{vm.name}: {entry}, but {run} is shared")
+
+
+def split_iff_some_page_is_shared(
+    host: Host, ranges: list[ByteRange], to: Faultability
+) -> None:
+    """After a finished conversion: split where it made shared, whole where private.
+
+    A conversion smaller than a folio leaves it split: it rounds in.
+    """
+    for target in ranges:
+        inode = host.guest_memfd.inode(target.inode)
+        pages = PgRange.of_bytes(target.offset, target.size)
+        shared = to is Faultability.ALL
+        units = pages if shared else pages.rounded_in(inode.order)
+        for index in units.huge_starts(inode.order) if inode.order and units else ():
+            entry = inode.filemap.get(index)
+            settled = entry is None or not entry.attached or entry.split is shared
+            if not settled:
+                host.world.broken(f"{inode.number} at {index:#x}: {entry}, {to!r}")
+
+
+def faultability_is_total(host: Host) -> None:
+    """Each page has one value; and everything else that holds of an idle host."""
+    host.guest_memfd.check_all()
+    host.allocator.check_frames()
+    for name in host.vmm.names():
+        host.vmm.get(name).stage2.check()
+        if host.vmm.get(name).invalidation.in_progress:
+            host.world.broken(f"{name}: a bracket was never closed")
+
+
+def _entries(inode: Inode) -> Iterator[tuple[int, Entry]]:
+    """Yield the folios of an inode; it is small."""
+    for index in range(0, len(inode.whole), 1 << inode.order):
+        entry = inode.filemap.get(index)
+        if entry is not None:
+            yield index, entry
+
+
+def _is_attaching(host: Host, inode: Inode) -> bool:
+    """Tell whether the table has heard of what the filemap has not noted yet."""
+    return any(
+        isinstance(task.effect, AttachFolio | DetachFolio)
+        and task.effect.inode == inode.number
+        for task in host.world.tasks.values()
+    )
+
+
+def _pages(slot: Memslot, gfns: PgRange) -> PgRange:
+    first = (slot.file_offset(gfns.start)) // PAGE_SIZE
+    return PgRange(first, first + len(gfns))

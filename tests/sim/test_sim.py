@@ -1,0 +1,104 @@
+"""Does any interleaving of the three cores break an invariant?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.sim.campaign import SOMETIMES, run
+from tests.sim.mutants import MUTANTS
+from tests.sim.options import Options
+from tests.support.sources import REPOSITORY
+
+BLOCKS = 4
+# Fewer seeds than these say nothing about what is seen sometimes.
+SEEDS_MIN = 200
+
+
+def sim(*arguments: str, hash_seed: str = "random") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.sim", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_world_stays_consistent_then_converges(
+    block: int, request: pytest.FixtureRequest, report_line: Callable[[str], None]
+) -> None:
+    first = request.config.getoption("--first-seed")
+    seeds = range(first, first + request.config.getoption("--seeds"))
+    marks: Counter[str] = Counter()
+    for seed in seeds[block::BLOCKS]:
+        history = run(seed)
+        assert not history.failure, f"{history.failure}\n{history.replay}"
+        marks += history.marks
+    counts = ", ".join(f"{marks[mark]} {mark}" for mark in SOMETIMES)
+    report_line(f"sim, seeds {seeds[0]} to {seeds[-1]}, {block + 1}/{BLOCKS}: {counts}")
+
+
+def test_the_fixed_seeds_reach_what_they_are_there_for() -> None:
+    marks: Counter[str] = Counter()
+    for seed in range(SEEDS_MIN):
+        marks += run(seed).marks
+        if all(marks[mark] for mark in SOMETIMES):
+            return
+    never = [mark for mark in SOMETIMES if not marks[mark]]
+    pytest.fail(f"{SEEDS_MIN} seeds never saw {never}")
+
+
+def test_one_seed_is_one_history() -> None:
+    seeds = range(12)
+    here = "".join(f"{seed} {run(seed).trace_hash}\n" for seed in seeds)
+    assert here == "".join(f"{seed} {run(seed).trace_hash}\n" for seed in seeds)
+    assert len({line.split()[1] for line in here.splitlines()}) == len(seeds)
+
+    for hash_seed in ("0", "1", "random"):
+        again = sim("--seeds", str(len(seeds)), "--hash", hash_seed=hash_seed)
+        assert again.stdout == here, again.stderr
+
+
+def test_no_fault_is_on_unless_it_is_asked_for() -> None:
+    assert str(Options()) == "no faults"
+    assert run(0, options=Options()).failure == ""
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_world_breaks_within_200_seeds_when(mutant: str) -> None:
+    ended = sim("--seeds", str(SEEDS_MIN), "--mutant", mutant)
+
+    # The replay line stands last, and nothing but the invariant stands before it.
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert ended.stderr == ""
+    found, replay = ended.stdout.splitlines()
+    assert "Error: " in found
+    seed = replay.removeprefix("python -m tests.sim --seed ")
+    assert 0 <= int(seed) < SEEDS_MIN
+    # It is the mutant that broke it.
+    assert sim("--seed", seed).returncode == 0
+
+
+def test_a_mutant_whose_text_has_gone_is_an_error() -> None:
+    for mutant in MUTANTS.values():
+        assert mutant.text().count(mutant.old) == 1, mutant
+        assert mutant.source() != mutant.text()
+
+
+def test_a_failing_seed_prints_one_replay_line_that_works() -> None:
+    name = "a view is closed but not unmapped"
+    found = sim("--seeds", "50", "--mutant", name).stdout.splitlines()
+    seed = found[-1].rpartition(" ")[2]
+
+    again = sim("--seed", seed, "--mutant", name)
+    assert again.stdout.splitlines() == found
+    assert sim("--seed", seed).returncode == 0
