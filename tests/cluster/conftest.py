@@ -1,0 +1,24 @@
+"""Whole hosts, as gmemctl starts them."""
+
+from tests.support.host_fixtures import (
+    allocator,
+    before,
+    clean_host,
+    gmem,
+    host_shape,
+    module_host,
+    own_host,
+)
+from tests.support.view_fixtures import make_world, world
+
+__all__ = [
+    "allocator",
+    "before",
+    "clean_host",
+    "gmem",
+    "host_shape",
+    "make_world",
+    "module_host",
+    "own_host",
+    "world",
+]

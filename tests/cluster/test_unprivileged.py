@@ -1,0 +1,96 @@
+"""Services as an ordinary user without a capability: the keeper alone is privileged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gmem.uapi.errors import Contended
+from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
+from tests.support.hosts import SIGBUS, Host, new_inode, running_host, wait_until
+from tests.support.requirements import require_fuse, require_root
+
+pytestmark = pytest.mark.fuse
+
+NOBODY = (65534, 65534)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def reachable_python(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Have services started by an interpreter that everybody may run.
+
+    Where it lies in somebody's home it is shown below a directory of its own.
+    """
+    require_fuse()
+    require_root()
+    if _nobody_can_run(sys.executable):
+        yield
+        return
+    place = Path(f"/tmp/gpy-{os.getpid()}")
+    place.mkdir(mode=0o755)
+    subprocess.run(["mount", "--bind", sys.base_prefix, place], check=True)
+    try:
+        name = Path(os.path.realpath(sys.executable)).name
+        monkeypatch.setattr(sys, "executable", str(place / "bin" / name))
+        paths = [str(ROOT / part) for part in ("protos", "services", "clients")]
+        paths += [path for path in sys.path if path.endswith("site-packages")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*paths, str(ROOT)]))
+        assert _nobody_can_run(sys.executable)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+        place.rmdir()
+
+
+def _nobody_can_run(executable: str) -> bool:
+    command = [executable, "-c", "import sys"]
+    try:
+        return subprocess.run(command, user=NOBODY[0], check=False).returncode == 0
+    except PermissionError:
+        return False
+
+
+@pytest.fixture
+def nobodys_host(reachable_python: None) -> Iterator[Host]:
+    with running_host(nr_vmms=1, user=NOBODY) as host:
+        yield host
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+async def test_services_without_privileges_do_all_that_services_do(
+    nobodys_host: Host,
+) -> None:
+    host = nobodys_host
+    for service in ("host_allocator", "guest_memfd", "vmm-0"):
+        status = status_of(host.pid(service))
+        assert status["Uid"].split() == ["65534"] * 4
+        assert int(status["CapEff"], 16) == 0
+    async with host.clients() as (_, gmem):
+        # The keeper looks into page tables for it.
+        assert (await gmem.get_capabilities()).mapped_source == "pagemap"
+        inode = await new_inode(host, gmem, pages=2)
+        client = await inode.mapped_by("loader")
+        await client.asked("raw_store", 0, 7)
+        with pytest.raises(Contended, match=f"pid {client.pid} .loader."):
+            await inode.convert(0, SIZE_2M, private=True)
+        await client.asked("dont_need")
+        await inode.convert(0, PAGE_SIZE, private=True)
+
+        first = host.pid("guest_memfd")
+        host.kill("guest_memfd")
+        assert await client.asked("raw_load", SIZE_2M) == 0
+        wait_until(lambda: host.pid("guest_memfd") != first, "a successor")
+        assert status_of(host.pid("guest_memfd"))["Uid"].split() == ["65534"] * 4
+        assert client.dies_of("raw_load", 0) == SIGBUS
