@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
+from functools import cached_property
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2_grpc as pb_grpc
 from gmem.api.types.v1.types_pb2 import Capabilities, MemPolicy, RequestId
 from gmem.client.base import ServiceClient
-from gmem.client.connection import Patience
 
 
 class GuestMemfdClient(ServiceClient):
@@ -16,19 +16,9 @@ class GuestMemfdClient(ServiceClient):
 
     SERVICE = "guest_memfd"
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        client: str = "gmem-client",
-        incarnation: str | None = None,
-        patience: Patience | None = None,
-    ) -> None:
-        """As ServiceClient."""
-        super().__init__(
-            target, client=client, incarnation=incarnation, patience=patience
-        )
-        self._stub = pb_grpc.GuestMemfdServiceStub(self.connection.channel)
+    @cached_property
+    def _stub(self) -> pb_grpc.GuestMemfdServiceAsyncStub:
+        return pb_grpc.GuestMemfdServiceStub(self.connection.channel)
 
     async def get_capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """Return what this host emulates, and where the broker is."""

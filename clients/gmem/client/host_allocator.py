@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from functools import cached_property
 
 from gmem.api.host_allocator.v1 import host_allocator_pb2 as pb
 from gmem.api.host_allocator.v1 import host_allocator_pb2_grpc as pb_grpc
 from gmem.api.types.v1.types_pb2 import Capabilities, Folio, MemPolicy, RequestId
 from gmem.client.base import ServiceClient
-from gmem.client.connection import Patience
 from gmem.uapi.pages import PAGE_SIZE
 
 _RUNS_PER_PAGE = 1000
@@ -19,19 +19,9 @@ class HostAllocatorClient(ServiceClient):
 
     SERVICE = "host_allocator"
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        client: str = "gmem-client",
-        incarnation: str | None = None,
-        patience: Patience | None = None,
-    ) -> None:
-        """As ServiceClient."""
-        super().__init__(
-            target, client=client, incarnation=incarnation, patience=patience
-        )
-        self._stub = pb_grpc.HostAllocatorServiceStub(self.connection.channel)
+    @cached_property
+    def _stub(self) -> pb_grpc.HostAllocatorServiceAsyncStub:
+        return pb_grpc.HostAllocatorServiceStub(self.connection.channel)
 
     async def get_capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """Return what this host emulates."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from functools import cached_property
 
 from gmem.api.types.v1.types_pb2 import Capabilities, RequestId
 from gmem.api.vmm.v1 import vmm_pb2 as pb
 from gmem.api.vmm.v1 import vmm_pb2_grpc as pb_grpc
 from gmem.client.base import ServiceClient
-from gmem.client.connection import ONCE, Patience
+from gmem.client.connection import ONCE
 from gmem.client.vcpu_run import VcpuRun
 
 
@@ -17,19 +18,9 @@ class VmmClient(ServiceClient):
 
     SERVICE = "vmm"
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        client: str = "gmem-client",
-        incarnation: str | None = None,
-        patience: Patience | None = None,
-    ) -> None:
-        """As ServiceClient."""
-        super().__init__(
-            target, client=client, incarnation=incarnation, patience=patience
-        )
-        self._stub = pb_grpc.VmmServiceStub(self.connection.channel)
+    @cached_property
+    def _stub(self) -> pb_grpc.VmmServiceAsyncStub:
+        return pb_grpc.VmmServiceStub(self.connection.channel)
 
     async def get_capabilities(self, *, timeout: float | None = None) -> Capabilities:
         """Return KVM_CHECK_EXTENSION's answers, and what this host emulates."""
