@@ -29,6 +29,10 @@ BENCH ?=
 # Debian packages that tests need beside Python: the base image is made with it.
 APT_PACKAGES := mmdebstrap
 
+# The lock files are complete, so nothing is left to resolve. A pip that resolves all the
+# same fails when a newer version of a pin exists that is wanted with an extra.
+LOCKED := --no-deps --require-hashes --requirement
+
 REPORTS := build/reports
 # A run that cannot even take a signal (a fault parked in the kernel) is ended
 # from outside; SIGABRT first, because faulthandler then prints every stack.
@@ -170,8 +174,9 @@ wheel: setup ## build the wheel; install it into an empty venv; gmemctl --help t
 	rm -rf build/wheel-venv dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	build/wheel-venv/bin/python -m pip install --quiet $(LOCKED) requirements.lock
 	build/wheel-venv/bin/python -m pip install --quiet --no-deps dist/*.whl
+	build/wheel-venv/bin/python -m pip check
 	cd build/wheel-venv && bin/gmemctl --help
 	rm -rf build/wheel-venv
 	@ls -l dist
@@ -188,7 +193,8 @@ setup: .venv/.stamp-editable
 	@echo "setting up .venv from requirements-dev.lock"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --require-hashes --requirement requirements-dev.lock
+	    $(LOCKED) requirements-dev.lock
+	@$(BIN)/python -m pip check
 	@touch $@
 
 .venv/.stamp-editable: .venv/.stamp-locked pyproject.toml

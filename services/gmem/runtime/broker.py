@@ -134,6 +134,9 @@ class Broker:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A task that was cancelled before its first step has run no `finally`.
+        for session in list(self.sessions):
+            await self._end(session)
         if self._listener is not None:
             self._listener.close()
             self.path.unlink(missing_ok=True)
@@ -181,12 +184,17 @@ class Broker:
         self._gone.append(callback)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            # Not loop.sock_accept(): cancelled at the wrong moment, it has accepted a
+            # connection that nobody ever closes.
+            await _until_readable(listener)
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue  # The client has gone again.
             connection.settimeout(0)
             if len(self.sessions) >= SESSIONS_MAX:
-                self._spawn(self._turn_away(connection))
+                self._spawn(self._turn_away(connection), closing=connection)
                 continue
             peer = fdpass.peer_of(connection)
             session = Session(connection, peer.pid, peer.uid, peer.comm)
@@ -200,7 +208,7 @@ class Broker:
             f"{SESSIONS_MAX} clients are connected: end one",
             limit=SESSIONS_MAX,
         )
-        with connection, contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             async with asyncio.timeout(TURN_AWAY_SECONDS):
                 await _until_readable(connection)
             message = fdpass.receive(connection)
@@ -228,10 +236,9 @@ class Broker:
         if session.said_hello:
             for callback in self._gone:
                 callback(session)
-        for name, given in session.given.items():
-            del self._given[name]
-            await _close(given.fd)
+        fds = [self._given.pop(name).fd for name in session.given]
         session.given.clear()
+        await _close(*fds)
 
     async def _handle(self, session: Session, message: fdpass.Message) -> None:
         op = message.fields.get("op")
@@ -373,10 +380,18 @@ class Broker:
         if isinstance(token.source, int):
             await _close(token.source)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(
+        self,
+        work: Coroutine[Any, Any, None],
+        *,
+        closing: socket.socket | None = None,
+    ) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if closing is not None:
+            # Not in the task, which may be cancelled before its first step.
+            task.add_done_callback(lambda _: closing.close())
 
 
 def _refusal(error: KernelError) -> dict[str, Any]:

@@ -329,3 +329,32 @@ async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) 
     with pytest.raises(OSError, match="another process listens"):
         await Broker(path).start()
     await broker.stop()
+
+
+async def test_stop_closes_a_connection_that_it_has_not_begun_to_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Broker(tmp_path / "broker.sock")
+    await served.start()
+    # Let it listen, then connect and stop at every step of its taking the connection.
+    for sessions_max in (broker_module.SESSIONS_MAX, 0):
+        monkeypatch.setattr(broker_module, "SESSIONS_MAX", sessions_max)
+        for steps in range(6):
+            connection = fdpass.connect(served.path)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await served.stop()
+            assert has_ended(connection), (sessions_max, steps)
+            assert not served.sessions
+            connection.close()
+            await served.start()
+    await served.stop()
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the other end was closed: what it sent is read first."""
+    connection.settimeout(10)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
