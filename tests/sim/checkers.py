@@ -14,7 +14,7 @@ from typing import Final
 from gmem.guest_memfd.core.effects import AttachFolio, DetachFolio
 from gmem.guest_memfd.core.filemap import Entry
 from gmem.guest_memfd.core.inode import Inode
-from gmem.guest_memfd.core.registry import ByteRange
+from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.host_allocator.core.vmemmap import saved_vmemmap_pages
 from gmem.uapi.flags import Faultability

@@ -11,7 +11,8 @@ from gmem.effects import Effect, Op
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.faultability import opposite
 from gmem.guest_memfd.core.inode import InodeOptions
-from gmem.guest_memfd.core.registry import ByteRange, GuestMemfdCore
+from gmem.guest_memfd.core.inodes import ByteRange
+from gmem.guest_memfd.core.registry import GuestMemfdCore
 from gmem.guest_memfd.core.values import Folio, GuestPage, ViewKind
 from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.values import Folio as HostFolio

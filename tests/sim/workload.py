@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Final, TypeAlias
 
 from gmem.effects import Op, perform
-from gmem.guest_memfd.core.registry import ByteRange
+from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import HoldKind, ViewKind
 from gmem.uapi.flags import (
     FALLOC_FL_KEEP_SIZE,

@@ -26,7 +26,8 @@ import pytest
 from gmem.effects import Effect, Op, Release
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.inode import Inode, InodeOptions
-from gmem.guest_memfd.core.registry import ByteRange, GuestMemfdCore
+from gmem.guest_memfd.core.inodes import ByteRange
+from gmem.guest_memfd.core.registry import GuestMemfdCore
 from gmem.guest_memfd.core.values import (
     Folio,
     HostMapping,

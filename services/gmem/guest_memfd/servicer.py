@@ -16,7 +16,7 @@ from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2_grpc as pb_grpc
 from gmem.guest_memfd import codec
 from gmem.guest_memfd.core.inode import InodeOptions
-from gmem.guest_memfd.core.registry import ByteRange
+from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import UserspaceSide, ViewKind
 from gmem.guest_memfd.service import GuestMemfdService
 from gmem.runtime.paging import paginate

@@ -9,7 +9,7 @@ import pytest
 
 from gmem.effects import Op
 from gmem.guest_memfd.core.inode import Inode, InodeOptions
-from gmem.guest_memfd.core.registry import ByteRange
+from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import HoldKind
 from gmem.uapi.errors import Reason
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE

@@ -6,7 +6,7 @@ import pytest
 
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.inode import Inode
-from gmem.guest_memfd.core.registry import ByteRange
+from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import HoldKind, ViewKind
 from gmem.uapi.errors import BadRequest, Contended, Errno, NoSuchObject, Reason
 from gmem.uapi.flags import Faultability
