@@ -21,7 +21,8 @@ def text_files() -> Iterator[tuple[Path, str]]:
     """Every file of ours that is text, with its text, in the order of their paths."""
     for directory, subdirectories, names in os.walk(REPOSITORY):
         subdirectories[:] = sorted(set(subdirectories) - NOT_OURS)
-        for name in sorted(names):
+        # In a worktree .git is a file.
+        for name in sorted(set(names) - NOT_OURS):
             path = Path(directory) / name
             if is_generated(path) or path.is_symlink():
                 continue
