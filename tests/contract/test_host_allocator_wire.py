@@ -134,6 +134,8 @@ async def test_every_mutation_needs_a_request_id(
         (stub.UpdatePool, pb.UpdatePoolRequest(page_size=SIZE_1G)),
         (stub.UpdateVmemmapOptimization, pb.UpdateVmemmapOptimizationRequest()),
         (stub.Unreserve, pb.UnreserveRequest(handle=1)),
+        (stub.InjectMemoryError, pb.InjectMemoryErrorRequest(pfn=1)),
+        (stub.UnpoisonMemory, pb.UnpoisonMemoryRequest(pfn=1)),
     ]:
         call = client.connection.call(method, request)
         await refused(subject, Reason.REQUEST_ID_MISSING, call)
@@ -210,6 +212,7 @@ async def test_a_foreign_page_token_is_refused(
     for method, request in [
         (stub.ListPools, pb.ListPoolsRequest(page_token="x")),
         (stub.ListReservations, pb.ListReservationsRequest(page_token="eHh4")),
+        (stub.ListMemoryErrors, pb.ListMemoryErrorsRequest(page_token="eHh4")),
     ]:
         call = client.connection.call(method, request)
         await refused(subject, Reason.PAGE_TOKEN_INVALID, call)
@@ -260,3 +263,54 @@ async def test_capabilities_name_the_page_sizes(client: HostAllocatorClient) -> 
     assert capabilities.service == "host_allocator"
     assert list(capabilities.page_sizes) == [PAGE_SIZE, SIZE_2M, SIZE_1G]
     assert capabilities.lineages[0] == "RFC_V1"
+
+
+@OVER_THE_WIRE
+@BACKENDS
+async def test_a_memory_error_by_frame_is_told_listed_and_taken_back(
+    subject: Wire, client: HostAllocatorClient, page_size: int
+) -> None:
+    handle, folio = await one_folio(subject, page_size)
+    pfn = folio.pfn + (1 << folio.order) - 1
+    frame = await client.inject_memory_error(pfn)
+    assert (frame.pfn, frame.nr_pages, frame.handle) == (pfn, 1, handle)
+    assert await client.list_memory_errors() == [frame]
+    await refused(subject, Reason.PAGE_POISONED, client.inject_memory_error(pfn))
+    assert await client.unpoison_memory(pfn) == frame
+    await refused(subject, Reason.FRAME_UNKNOWN, client.unpoison_memory(pfn))
+    await refused(subject, Reason.FRAME_UNKNOWN, client.inject_memory_error(1 << 50))
+    assert await client.list_memory_errors() == []
+
+    told: list[tuple[str, str]] = []
+    async with aclosing(client.watch(start_revision=3)) as stream:
+        async for response in stream:
+            told += [(event.kind, event.name) for event in response.events]
+            if len(told) > 2:
+                break
+    name = f"hosts/host0/frames/{pfn:#x}"
+    assert told[1:] == [("frame.poisoned", name), ("frame.unpoisoned", name)]
+
+
+@OVER_THE_WIRE
+async def test_a_frame_of_a_free_huge_page_takes_no_error(
+    subject: Wire, client: HostAllocatorClient
+) -> None:
+    _, folio = await one_folio(subject, SIZE_2M)
+    beside = folio.pfn + 512
+    await refused(subject, Reason.STATE_WRONG, client.inject_memory_error(beside))
+
+
+@OVER_THE_WIRE
+async def test_memory_errors_come_in_pages(client: HostAllocatorClient) -> None:
+    handle = await client.reserve(page_size=PAGE_SIZE, num_pages=3)
+    folios = await client.allocate(handle=handle, page_size=PAGE_SIZE, nr_folios=3)
+    for folio in folios:
+        await client.inject_memory_error(folio.pfn)
+    method = client._stub.ListMemoryErrors
+    request = pb.ListMemoryErrorsRequest(page_size=2)
+    page = await client.connection.call(method, request)
+    assert [frame.pfn for frame in page.frames] == [each.pfn for each in folios[:2]]
+    request.page_token = page.next_page_token
+    page = await client.connection.call(method, request)
+    assert [frame.pfn for frame in page.frames] == [folios[2].pfn]
+    assert page.next_page_token == ""

@@ -196,6 +196,38 @@ class HostAllocatorClient(ServiceClient):
         request = pb.ErrorRequest(handle=handle, folio=folio)
         await self.connection.mutate(self._stub.Error, request, request_id)
 
+    async def inject_memory_error(
+        self, pfn: int, *, request_id: RequestId | None = None
+    ) -> pb.PoisonedFrame:
+        """Give one frame a memory error, whoever has it.
+
+        PAGE_POISONED, FRAME_UNKNOWN, STATE_WRONG.
+        """
+        request = pb.InjectMemoryErrorRequest(pfn=pfn)
+        method = self._stub.InjectMemoryError
+        return (await self.connection.mutate(method, request, request_id)).frame
+
+    async def unpoison_memory(
+        self, pfn: int, *, request_id: RequestId | None = None
+    ) -> pb.PoisonedFrame:
+        """Forget the memory error of a frame; FRAME_UNKNOWN where it has none."""
+        request = pb.UnpoisonMemoryRequest(pfn=pfn)
+        method = self._stub.UnpoisonMemory
+        return (await self.connection.mutate(method, request, request_id)).frame
+
+    async def list_memory_errors(self) -> list[pb.PoisonedFrame]:
+        """Return every frame with a memory error, rising."""
+        frames: list[pb.PoisonedFrame] = []
+        token = ""
+        while True:
+            request = pb.ListMemoryErrorsRequest(page_token=token)
+            method = self._stub.ListMemoryErrors
+            response = await self.connection.call(method, request)
+            frames += response.frames
+            token = response.next_page_token
+            if not token:
+                return frames
+
     async def unreserve(
         self, *, handle: int, request_id: RequestId | None = None
     ) -> None:

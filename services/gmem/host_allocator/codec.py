@@ -15,6 +15,7 @@ from gmem.host_allocator.core.values import (
     HostStatistics,
     MemPolicy,
     MemPolicyMode,
+    PoisonedFrame,
     PoolDemotion,
     PoolStatistics,
     ReservationStatistics,
@@ -132,6 +133,11 @@ def folio_run_to_wire(run: FolioRun) -> pb.FolioRun:
     return pb.FolioRun(first=first, nr_folios=run.nr_folios, split=run.split)
 
 
+def poisoned_to_wire(frame: PoisonedFrame) -> pb.PoisonedFrame:
+    """Return the message of a memory error."""
+    return pb.PoisonedFrame(**asdict(frame))
+
+
 def reservation_to_wire(claim: ReservationStatistics) -> pb.Reservation:
     """Return the message of one reservation."""
     return pb.Reservation(**asdict(claim))
@@ -145,3 +151,8 @@ def pool_name(host: str, page_size: int) -> str:
 def reservation_name(host: str, handle: int) -> str:
     """Return the resource name of a reservation."""
     return f"hosts/{host}/reservations/{handle}"
+
+
+def frame_name(host: str, pfn: int) -> str:
+    """Return the resource name of a frame."""
+    return f"hosts/{host}/frames/{pfn:#x}"

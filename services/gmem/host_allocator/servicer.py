@@ -16,7 +16,7 @@ from gmem.api.host_allocator.v1 import host_allocator_pb2 as pb
 from gmem.api.host_allocator.v1 import host_allocator_pb2_grpc as pb_grpc
 from gmem.host_allocator import codec
 from gmem.host_allocator.core.host_memory import HostMemory
-from gmem.host_allocator.core.values import Folio
+from gmem.host_allocator.core.values import Folio, PoisonedFrame
 from gmem.runtime.paging import paginate
 from gmem.runtime.server import Runtime
 from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES
@@ -49,6 +49,10 @@ class HostAllocatorServicer(pb_grpc.HostAllocatorServiceServicer):
         """Name the first of `folios`; an event is no place for all of them."""
         pfn = {"pfn": hex(folios[0].pfn)} if folios else {}
         self._record(kind, handle, nr_folios=len(folios), **pfn)
+
+    def _record_frame(self, kind: str, frame: PoisonedFrame) -> None:
+        name = codec.frame_name(self._host, frame.pfn)
+        self._runtime.events.record(f"frame.{kind}", name, handle=frame.handle)
 
     # What can be watched.
 
@@ -242,6 +246,36 @@ class HostAllocatorServicer(pb_grpc.HostAllocatorServiceServicer):
         self._memory.error(request.handle, folio)
         self._record_folios("poisoned", request.handle, [folio])
         return pb.ErrorResponse()
+
+    async def InjectMemoryError(
+        self, request: pb.InjectMemoryErrorRequest, context: Context
+    ) -> pb.InjectMemoryErrorResponse:
+        """Poison a frame; its owner hears of it by Watch."""
+        frame = self._memory.inject(request.pfn)
+        self._record_frame("poisoned", frame)
+        return pb.InjectMemoryErrorResponse(frame=codec.poisoned_to_wire(frame))
+
+    async def UnpoisonMemory(
+        self, request: pb.UnpoisonMemoryRequest, context: Context
+    ) -> pb.UnpoisonMemoryResponse:
+        """Forget the error of a frame; its owner hears of it by Watch."""
+        frame = self._memory.unpoison(request.pfn)
+        self._record_frame("unpoisoned", frame)
+        return pb.UnpoisonMemoryResponse(frame=codec.poisoned_to_wire(frame))
+
+    async def ListMemoryErrors(
+        self, request: pb.ListMemoryErrorsRequest, context: Context
+    ) -> pb.ListMemoryErrorsResponse:
+        """Return the frames with an error."""
+        frames, token = paginate(
+            self._memory.poisoned_frames(),
+            page_size=request.page_size,
+            page_token=request.page_token,
+            scope="memoryErrors",
+            key=lambda frame: frame.pfn,
+        )
+        wire = [codec.poisoned_to_wire(frame) for frame in frames]
+        return pb.ListMemoryErrorsResponse(frames=wire, next_page_token=token)
 
     async def Unreserve(
         self, request: pb.UnreserveRequest, context: Context

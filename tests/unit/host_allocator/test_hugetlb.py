@@ -297,7 +297,7 @@ def test_a_poisoned_folio_never_comes_back(page_size: int) -> None:
 
 
 @HUGE
-def test_a_poisoned_page_of_a_split_folio_takes_the_folio_with_it(
+def test_a_poisoned_page_of_a_split_folio_takes_the_folio_out_of_its_pool(
     page_size: int,
 ) -> None:
     memory = host(page_size, (1,))
@@ -313,6 +313,9 @@ def test_a_poisoned_page_of_a_split_folio_takes_the_folio_with_it(
     memory.free(handle, [folio])
     memory.unreserve(handle)
     assert counts(memory, page_size) == (0, 0, 0, 0)
+    # Only the bad pages are lost: the others are base memory.
+    assert sum(len(node.withheld) for node in memory.nodes) == 2
+    memory.check_frames()
 
 
 def test_a_poisoned_surplus_folio_is_one_surplus_less() -> None:

@@ -103,6 +103,17 @@ class Histories(RuleBasedStateMachine):
     def error(self, folio: tuple[int, Folio]) -> None:
         self.attempt(lambda: self.memory.error(*folio))
 
+    @rule(folio=folios, at=st.integers(0, 600))
+    def inject(self, folio: tuple[int, Folio], at: int) -> None:
+        self.attempt(lambda: self.memory.inject(folio[1].pfn + at))
+
+    @rule(number=st.integers(0, 20))
+    def unpoison(self, number: int) -> None:
+        errors = self.memory.poisoned_frames()
+        if errors:
+            frame = errors[number % len(errors)]
+            assert self.memory.unpoison(frame.pfn) == frame
+
     @rule(handle=handles)
     def unreserve(self, handle: tuple[int, int]) -> None:
         self.attempt(lambda: self.memory.unreserve(handle[0]))

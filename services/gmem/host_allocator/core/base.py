@@ -78,8 +78,8 @@ class BaseAllocator:
         """Take frames of `nodes` and the numbers of claims from `handles`."""
         self.nodes = nodes
         self.claims: dict[int, BaseClaim] = {}
-        # Frames with a memory error; a dict because sets have no order.
-        self.hwpoison: dict[int, None] = {}
+        # Frames with a memory error, each one page.
+        self.hwpoison: dict[int, int] = {}
         self._handles = handles
 
     def reserve(
@@ -197,8 +197,20 @@ class BaseAllocator:
         """Mark a folio as poisoned."""
         self._require_folio(require_handle(self.claims, handle), folio)
 
-        self.hwpoison[folio.pfn] = None
+        self.hwpoison[folio.pfn] = 1
         self.check()
+
+    def claim_at(self, pfn: int) -> BaseClaim | None:
+        """Return whose 4K folio a frame is."""
+        frame = PgRange(pfn, pfn + 1)
+        return next(
+            (
+                claim
+                for claim in self.claims.values()
+                if any(frames.covers(frame) for frames in claim.frames)
+            ),
+            None,
+        )
 
     def _require_free_for(self, order: tuple[NodeId, ...]) -> None:
         if not any(len(self.nodes[node].base) for node in order):

@@ -2,12 +2,13 @@
 
     free --allocate--> whole --split--> split --reconstruct--> whole --free--> free
 
-A memory error puts a folio on a parallel track that ends withheld instead of free.
+A memory error puts a folio on a parallel track that ends withheld instead of free;
+UNPOISON, with the last error of the folio gone, leads back from it.
 What the table does not name is illegal:
 
 * No (SPLIT, FREE): HugeTLB takes back whole folios only; reconstruct comes first.
 * No (SPLIT, SPLIT), no (WHOLE, RECONSTRUCT): the metadata is stashed once.
-* Nothing leaves WITHHELD: the frames may hold anything.
+* Nothing leaves WITHHELD: what becomes of the frames is told in `memory_errors`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class FolioEvent(Enum):
     RECONSTRUCT = "reconstruct"
     FREE = "free"
     ERROR = "error"
+    UNPOISON = "unpoison"
 
 
 _S, _E = FolioState, FolioEvent
@@ -54,13 +56,16 @@ FOLIO_TRANSITIONS: Final = {
     (_S.POISONED, _E.SPLIT): _S.POISONED_SPLIT,
     (_S.POISONED, _E.FREE): _S.WITHHELD,
     (_S.POISONED, _E.ERROR): _S.POISONED,
+    (_S.POISONED, _E.UNPOISON): _S.WHOLE,
     (_S.POISONED_SPLIT, _E.RECONSTRUCT): _S.POISONED,
     (_S.POISONED_SPLIT, _E.ERROR): _S.POISONED_SPLIT,
+    (_S.POISONED_SPLIT, _E.UNPOISON): _S.SPLIT,
 }
 _WAY_OUT: Final = {
     _E.SPLIT: "reconstruct it first",
     _E.RECONSTRUCT: "there is nothing to do",
     _E.FREE: "reconstruct it first",
+    _E.UNPOISON: "it has no memory error",
 }
 
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
+from gmem.host_allocator.core import memory_errors
 from gmem.host_allocator.core.base import BaseAllocator
 from gmem.host_allocator.core.demotion import (
     demote,
@@ -30,6 +31,7 @@ from gmem.host_allocator.core.values import (
     Meminfo,
     MemPolicy,
     PageFlagCount,
+    PoisonedFrame,
     PoolDemotion,
     PoolUpdate,
     ReservationStatistics,
@@ -201,7 +203,7 @@ class HostMemory:
         """See Allocator.allocate."""
         backend = self._backend_of(handle)
         folios = backend.allocate(handle, mempolicy, page_size, nr_folios)
-        self._touch(backend, folios)
+        self.touch(backend, folios)
         self.check()
         return folios
 
@@ -211,7 +213,7 @@ class HostMemory:
         """See Allocator.split."""
         backend = self._backend_of(handle)
         restored = backend.split(handle, folio, target_page_size)
-        self._touch(backend, [folio])
+        self.touch(backend, [folio])
         self.check()
         return restored
 
@@ -221,7 +223,7 @@ class HostMemory:
         """See Allocator.reconstruct."""
         backend = self._backend_of(handle)
         result = backend.reconstruct(handle, first_folio, nr_pages)
-        self._touch(backend, [first_folio])
+        self.touch(backend, [first_folio])
         self.check()
         return result
 
@@ -229,22 +231,45 @@ class HostMemory:
         """See Allocator.free."""
         backend = self._backend_of(handle)
         backend.free(handle, folios)
-        self._touch(backend, folios)
+        self.touch(backend, folios)
         self.check()
 
     def error(self, handle: int, folio: Folio) -> None:
         """See Allocator.error."""
         backend = self._backend_of(handle)
         backend.error(handle, folio)
-        self._touch(backend, [folio])
+        self.touch(backend, [folio])
         self.check()
+
+    def inject(self, pfn: int) -> PoisonedFrame:
+        """Give one frame a memory error, whoever has it (memory_failure()).
+
+        Poisoned PAGE_POISONED where it has one; NoSuchObject FRAME_UNKNOWN; InUse
+        STATE_WRONG for a frame of the memmap or of a free huge page.
+        """
+        poisoned = memory_errors.inject(self, pfn)
+        self.check()
+        return poisoned
+
+    def unpoison(self, pfn: int) -> PoisonedFrame:
+        """Forget the memory error of a frame (unpoison_memory()).
+
+        NoSuchObject FRAME_UNKNOWN where it has none.
+        """
+        healed = memory_errors.unpoison(self, pfn)
+        self.check()
+        return healed
+
+    def poisoned_frames(self) -> tuple[PoisonedFrame, ...]:
+        """Return every frame with a memory error, rising."""
+        return memory_errors.poisoned_frames(self)
 
     def unreserve(self, handle: int) -> None:
         """See Allocator.unreserve."""
         self._backend_of(handle).unreserve(handle)
         self.check()
 
-    def _touch(
+    def touch(
         self, backend: HugetlbAllocator | BaseAllocator, folios: Sequence[Folio]
     ) -> None:
         """Note huge folios that changed; 4K folios are told by their runs."""

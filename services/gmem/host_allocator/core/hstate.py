@@ -96,17 +96,25 @@ class HState:
             self._free[folio.node].add(folio.frames)
 
     def withhold(self, folio: Folio) -> None:
-        """Take a poisoned folio out of the pool for good; its vmemmap stays as it is.
+        """Take a poisoned folio out of the pool; its vmemmap stays as it is."""
+        self._lose(folio.node)
+        self.nodes[folio.node].withheld.add(folio.frames)
 
-        The error names a folio and not where in it: unreliable raw-page information,
-        for which the kernel leaks the whole page on purpose.
+    def dissolve(self, folio: Folio) -> bool:
+        """Make a folio that is no longer in use base memory, outside the pool.
+
+        False, and no change but a count, where its vmemmap cannot be restored.
         """
-        node = folio.node
+        if not self._return_to_base(folio.node, [folio.frames]):
+            return False
+        self._lose(folio.node)
+        return True
+
+    def _lose(self, node: int) -> None:
         self.nr_huge_pages_node[node] -= 1
         # One folio less is one surplus folio less, where there is surplus.
         surplus = self.surplus_huge_pages_node[node]
         self.surplus_huge_pages_node[node] = max(0, surplus - 1)
-        self.nodes[node].withheld.add(folio.frames)
 
     # Surplus.
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from gmem.host_allocator.core.allocator import FOLIOS_PER_CALL_MAX
 from gmem.host_allocator.core.folio import FolioEvent, FolioState, LiveFolio
 from gmem.host_allocator.core.hstate import HState
+from gmem.host_allocator.core.memory_errors import take_apart
 from gmem.host_allocator.core.nodes import (
     interleaved,
     nodes_in_order,
@@ -52,8 +53,9 @@ class HugetlbAllocator:
         self.hstate = hstate
         self.subpools: dict[int, Subpool] = {}
         self.live: dict[int, LiveFolio] = {}
-        # Frames with a memory error; a dict because sets have no order.
-        self.hwpoison: dict[int, None] = {}
+        # Frames with a memory error, and in how many pages from there it may be: one,
+        # or a whole folio of which no more is known.
+        self.hwpoison: dict[int, int] = {}
         self._handles = handles
 
     # Reservations.
@@ -193,7 +195,7 @@ class HugetlbAllocator:
         for live, state in ends:
             del self.live[live.folio.pfn]
             if state is FolioState.WITHHELD:
-                self.hstate.withhold(live.folio)
+                take_apart(self.hstate, live.folio, self.hwpoison)
             else:
                 self.hstate.enqueue(live.folio)
         # The reservation stays the owner's until unreserve, with the folio or not.
@@ -209,8 +211,13 @@ class HugetlbAllocator:
         state = live.after(FolioEvent.ERROR)
 
         live.state = state
-        self.hwpoison[folio.pfn] = None
+        nr_pages = 1 << folio.order
+        self.hwpoison[folio.pfn] = max(nr_pages, self.hwpoison.get(folio.pfn, 1))
         self.check()
+
+    def live_at(self, pfn: int) -> LiveFolio | None:
+        """Return the huge folio in use that a frame belongs to."""
+        return self.live.get(pfn & -(1 << self.hstate.order))
 
     # Refusals.
 

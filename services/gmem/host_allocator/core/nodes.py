@@ -98,6 +98,11 @@ class NumaNode:
         self.base.remove(frames)
         self.withheld.add(frames)
 
+    def release(self, frames: PgRange) -> None:
+        """Make frames that were withheld base memory again."""
+        self.withheld.remove(frames)
+        self.base.add(frames)
+
     def statistics(self) -> NodeMemoryStatistics:
         """Return the node's counts."""
         return NodeMemoryStatistics(

@@ -5,7 +5,7 @@
     node/I, vmemmap, pool/SIZE           every number that they have
     subpool/SIZE/HANDLE, claim/HANDLE    the fields of a claim
     live/SIZE/PFN                        node, handle and state of a huge folio in use
-    hwpoison/SIZE/PFN                    a frame with a memory error
+    hwpoison/SIZE/PFN                    a memory error: in how many pages from PFN on
     runs/PLACE/.../START                 where a run of frames ends
 
 Numbers and claims are compared with what was told last; runs and folios in use, of
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from itertools import islice
 from typing import Any, TypeAlias
 
 from gmem.host_allocator.core.base import BaseClaim
@@ -40,7 +39,6 @@ class HostRows:
         """Follow `memory`, which is new, or was `restored` from all of its rows."""
         self._memory = memory
         self._told: Changes = {}
-        self._poisoned: dict[int, int] = {}
         if restored:
             # Restoring touched every run and told nothing new.
             self.changes()
@@ -52,6 +50,8 @@ class HostRows:
         now |= {path: _numbers(thing) for path, thing in _things(memory)}
         for path, claim in _claims(memory):
             now[path] = _fields(claim)
+        for size, poisoned in _hwpoison(memory):
+            now |= {f"hwpoison/{size}/{pfn}": nr for pfn, nr in poisoned.items()}
         changed = {k: row for k, row in now.items() if self._told.get(k) != row}
         gone = self._told.keys() - now.keys()
         self._told = now
@@ -67,11 +67,6 @@ class HostRows:
                 rows[f"runs/{path}/{start}"] = stop
         for size, pfn in memory.drain_touched():
             rows[f"live/{size}/{pfn}"] = _live_row(memory, size, pfn)
-        for size, poisoned in _hwpoison(memory):
-            done = self._poisoned.get(size, 0)
-            for pfn in islice(poisoned, done, None):
-                rows[f"hwpoison/{size}/{pfn}"] = 1
-            self._poisoned[size] = len(poisoned)
         return rows
 
 
@@ -118,7 +113,7 @@ def _restore_claim(memory: HostMemory, path: list[str], row: Any) -> None:  # no
             folio = Folio(Pfn(int(pfn)), hugetlb.hstate.order, NodeId(node))
             hugetlb.live[folio.pfn] = LiveFolio(folio, handle, FolioState(state))
         case ["hwpoison", size, pfn]:
-            dict(_hwpoison(memory))[int(size)][int(pfn)] = None
+            dict(_hwpoison(memory))[int(size)][int(pfn)] = row
         case _:
             pass
 
@@ -156,7 +151,7 @@ def _claims(memory: HostMemory) -> Iterator[tuple[str, Subpool | BaseClaim]]:
             yield f"subpool/{size}/{handle}", subpool
 
 
-def _hwpoison(memory: HostMemory) -> Iterator[tuple[int, dict[int, None]]]:
+def _hwpoison(memory: HostMemory) -> Iterator[tuple[int, dict[int, int]]]:
     yield PAGE_SIZE, memory.base.hwpoison
     for size, hugetlb in memory.hugetlb.items():
         yield size, hugetlb.hwpoison

@@ -39,6 +39,19 @@ class FolioRun:
     split: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PoisonedFrame:
+    """A frame with a memory error, and who has it.
+
+    `nr_pages` is 1, or more where only the folio is known in which the error is: then
+    `pfn` is its first frame. `handle` is 0 when nobody has it: it is withheld.
+    """
+
+    pfn: Pfn
+    nr_pages: int
+    handle: int = 0
+
+
 class MemPolicyMode(Enum):
     """How a policy picks nodes (MPOL_*).
 

@@ -939,6 +939,177 @@ class ErrorResponse(_message.Message):
 Global___ErrorResponse: _TypeAlias = ErrorResponse  # noqa: Y015
 
 @_typing.final
+class PoisonedFrame(_message.Message):
+    """A memory error: which frame has it, and who has the frame."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PFN_FIELD_NUMBER: _builtins.int
+    NR_PAGES_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    pfn: _builtins.int
+    nr_pages: _builtins.int
+    """More than 1 where only the folio is known that the error is in."""
+    handle: _builtins.int
+    """The reservation whose folio it is of; 0: nobody has it, and nobody gets it."""
+    def __init__(
+        self,
+        *,
+        pfn: _builtins.int = ...,
+        nr_pages: _builtins.int = ...,
+        handle: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "nr_pages", b"nr_pages", "pfn", b"pfn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoisonedFrame: _TypeAlias = PoisonedFrame  # noqa: Y015
+
+@_typing.final
+class InjectMemoryErrorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PFN_FIELD_NUMBER: _builtins.int
+    pfn: _builtins.int
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        pfn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pfn", b"pfn", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectMemoryErrorRequest: _TypeAlias = InjectMemoryErrorRequest  # noqa: Y015
+
+@_typing.final
+class InjectMemoryErrorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def frame(self) -> Global___PoisonedFrame: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        frame: Global___PoisonedFrame | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectMemoryErrorResponse: _TypeAlias = InjectMemoryErrorResponse  # noqa: Y015
+
+@_typing.final
+class UnpoisonMemoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PFN_FIELD_NUMBER: _builtins.int
+    pfn: _builtins.int
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        pfn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pfn", b"pfn", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpoisonMemoryRequest: _TypeAlias = UnpoisonMemoryRequest  # noqa: Y015
+
+@_typing.final
+class UnpoisonMemoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def frame(self) -> Global___PoisonedFrame:
+        """As it was before."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        frame: Global___PoisonedFrame | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpoisonMemoryResponse: _TypeAlias = UnpoisonMemoryResponse  # noqa: Y015
+
+@_typing.final
+class ListMemoryErrorsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMemoryErrorsRequest: _TypeAlias = ListMemoryErrorsRequest  # noqa: Y015
+
+@_typing.final
+class ListMemoryErrorsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoisonedFrame]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        frames: _abc.Iterable[Global___PoisonedFrame] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "next_page_token", b"next_page_token", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMemoryErrorsResponse: _TypeAlias = ListMemoryErrorsResponse  # noqa: Y015
+
+@_typing.final
 class UnreserveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -100,6 +100,21 @@ class HostAllocatorServiceStub:
                 request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ErrorRequest.SerializeToString,
                 response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ErrorResponse.FromString,
                 _registered_method=True)
+        self.InjectMemoryError = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/InjectMemoryError',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.InjectMemoryErrorRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.InjectMemoryErrorResponse.FromString,
+                _registered_method=True)
+        self.UnpoisonMemory = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/UnpoisonMemory',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnpoisonMemoryRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnpoisonMemoryResponse.FromString,
+                _registered_method=True)
+        self.ListMemoryErrors = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/ListMemoryErrors',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListMemoryErrorsRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListMemoryErrorsResponse.FromString,
+                _registered_method=True)
         self.Unreserve = channel.unary_unary(
                 '/gmem.api.host_allocator.v1.HostAllocatorService/Unreserve',
                 request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveRequest.SerializeToString,
@@ -307,6 +322,47 @@ class HostAllocatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InjectMemoryError(self, request, context):
+        """Gives one frame a memory error, whoever has it (memory_failure). Watchers are told:
+        that is how its owner learns of it. Nothing of this machine is touched.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the frame has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+        | the host has no such frame | FRAME_UNKNOWN | NOT_FOUND | see GetStatistics |
+        | frame of a free huge page or of the memmap | STATE_WRONG | FAILED_PRECONDITION | take one in use, or a free one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpoisonMemory(self, request, context):
+        """Forgets the memory error of a frame (unpoison_memory); one that was withheld becomes
+        base memory. Watchers are told.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the frame has no error, or is none of the host | FRAME_UNKNOWN | NOT_FOUND | see ListMemoryErrors |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMemoryErrors(self, request, context):
+        """Frames with a memory error, rising.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Unreserve(self, request, context):
         """Ends a reservation (hugepage_put_subpool at evict). Folios that are still out
         keep the subpool alive until the last one comes back.
@@ -423,6 +479,21 @@ def add_HostAllocatorServiceServicer_to_server(servicer, server):
                     servicer.Error,
                     request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ErrorRequest.FromString,
                     response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ErrorResponse.SerializeToString,
+            ),
+            'InjectMemoryError': grpc.unary_unary_rpc_method_handler(
+                    servicer.InjectMemoryError,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.InjectMemoryErrorRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.InjectMemoryErrorResponse.SerializeToString,
+            ),
+            'UnpoisonMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpoisonMemory,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnpoisonMemoryRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnpoisonMemoryResponse.SerializeToString,
+            ),
+            'ListMemoryErrors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMemoryErrors,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListMemoryErrorsRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListMemoryErrorsResponse.SerializeToString,
             ),
             'Unreserve': grpc.unary_unary_rpc_method_handler(
                     servicer.Unreserve,
@@ -797,6 +868,87 @@ class HostAllocatorService:
             '/gmem.api.host_allocator.v1.HostAllocatorService/Error',
             gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ErrorRequest.SerializeToString,
             gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ErrorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InjectMemoryError(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/InjectMemoryError',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.InjectMemoryErrorRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.InjectMemoryErrorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpoisonMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/UnpoisonMemory',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnpoisonMemoryRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnpoisonMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMemoryErrors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/ListMemoryErrors',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListMemoryErrorsRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListMemoryErrorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

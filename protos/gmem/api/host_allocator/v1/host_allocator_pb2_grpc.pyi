@@ -159,6 +159,35 @@ class HostAllocatorServiceStub:
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
+    InjectMemoryError: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.InjectMemoryErrorRequest, _host_allocator_pb2.InjectMemoryErrorResponse]
+    """Gives one frame a memory error, whoever has it (memory_failure). Watchers are told:
+    that is how its owner learns of it. Nothing of this machine is touched.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the frame has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+    | the host has no such frame | FRAME_UNKNOWN | NOT_FOUND | see GetStatistics |
+    | frame of a free huge page or of the memmap | STATE_WRONG | FAILED_PRECONDITION | take one in use, or a free one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    UnpoisonMemory: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.UnpoisonMemoryRequest, _host_allocator_pb2.UnpoisonMemoryResponse]
+    """Forgets the memory error of a frame (unpoison_memory); one that was withheld becomes
+    base memory. Watchers are told.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the frame has no error, or is none of the host | FRAME_UNKNOWN | NOT_FOUND | see ListMemoryErrors |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    ListMemoryErrors: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.ListMemoryErrorsRequest, _host_allocator_pb2.ListMemoryErrorsResponse]
+    """Frames with a memory error, rising.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
+    """
     Unreserve: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.UnreserveRequest, _host_allocator_pb2.UnreserveResponse]
     """Ends a reservation (hugepage_put_subpool at evict). Folios that are still out
     keep the subpool alive until the last one comes back.
@@ -323,6 +352,35 @@ class HostAllocatorServiceAsyncStub(HostAllocatorServiceStub):
     | handle was never issued, or is gone | HANDLE_UNKNOWN | NOT_FOUND | reserve again |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    InjectMemoryError: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.InjectMemoryErrorRequest, _host_allocator_pb2.InjectMemoryErrorResponse]  # type: ignore[assignment]
+    """Gives one frame a memory error, whoever has it (memory_failure). Watchers are told:
+    that is how its owner learns of it. Nothing of this machine is touched.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the frame has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+    | the host has no such frame | FRAME_UNKNOWN | NOT_FOUND | see GetStatistics |
+    | frame of a free huge page or of the memmap | STATE_WRONG | FAILED_PRECONDITION | take one in use, or a free one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    UnpoisonMemory: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.UnpoisonMemoryRequest, _host_allocator_pb2.UnpoisonMemoryResponse]  # type: ignore[assignment]
+    """Forgets the memory error of a frame (unpoison_memory); one that was withheld becomes
+    base memory. Watchers are told.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the frame has no error, or is none of the host | FRAME_UNKNOWN | NOT_FOUND | see ListMemoryErrors |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    ListMemoryErrors: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.ListMemoryErrorsRequest, _host_allocator_pb2.ListMemoryErrorsResponse]  # type: ignore[assignment]
+    """Frames with a memory error, rising.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
     """
     Unreserve: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.UnreserveRequest, _host_allocator_pb2.UnreserveResponse]  # type: ignore[assignment]
     """Ends a reservation (hugepage_put_subpool at evict). Folios that are still out
@@ -563,6 +621,53 @@ class HostAllocatorServiceServicer(metaclass=_abc_1.ABCMeta):
         | handle was never issued, or is gone | HANDLE_UNKNOWN | NOT_FOUND | reserve again |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def InjectMemoryError(
+        self,
+        request: _host_allocator_pb2.InjectMemoryErrorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.InjectMemoryErrorResponse, _abc.Awaitable[_host_allocator_pb2.InjectMemoryErrorResponse]]:
+        """Gives one frame a memory error, whoever has it (memory_failure). Watchers are told:
+        that is how its owner learns of it. Nothing of this machine is touched.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the frame has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+        | the host has no such frame | FRAME_UNKNOWN | NOT_FOUND | see GetStatistics |
+        | frame of a free huge page or of the memmap | STATE_WRONG | FAILED_PRECONDITION | take one in use, or a free one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def UnpoisonMemory(
+        self,
+        request: _host_allocator_pb2.UnpoisonMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.UnpoisonMemoryResponse, _abc.Awaitable[_host_allocator_pb2.UnpoisonMemoryResponse]]:
+        """Forgets the memory error of a frame (unpoison_memory); one that was withheld becomes
+        base memory. Watchers are told.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the frame has no error, or is none of the host | FRAME_UNKNOWN | NOT_FOUND | see ListMemoryErrors |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def ListMemoryErrors(
+        self,
+        request: _host_allocator_pb2.ListMemoryErrorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.ListMemoryErrorsResponse, _abc.Awaitable[_host_allocator_pb2.ListMemoryErrorsResponse]]:
+        """Frames with a memory error, rising.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
         """
 
     @_abc_1.abstractmethod
