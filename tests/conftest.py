@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import structlog
 
+from gmem.testing.watchdog import FuseWatchdog
 from tests.support.requirements import require_fuse, require_root
-from tests.support.watchdog import FuseWatchdog
 
 TESTS = Path(__file__).parent
 # A test that serves FUSE has this long before its connections are aborted; less

@@ -13,8 +13,8 @@ import pytest
 
 from gmem.client import HostAllocatorClient
 from gmem.host_allocator.__main__ import EXIT_USAGE
+from gmem.testing.leaks import leftovers
 from gmem.uapi.pages import SIZE_1G, SIZE_2M
-from tests.support.leaks import leftovers
 
 SECONDS_MAX = 60
 SHAPE = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.leaks import wait_for_none
+from gmem.testing.leaks import wait_for_none
 
 SECONDS_MAX = 110
 

@@ -42,11 +42,11 @@ from gmem.ctl.processes import exit_status
 from gmem.ctl.state import HostState, require_state
 from gmem.runtime import fdpass
 from gmem.runtime.config import HostShape, NodeShape
+from gmem.testing.leaks import wait_for_none
+from gmem.testing.watchdog import FuseWatchdog
 from gmem.uapi.errors import KernelError, Reason, make_error
 from gmem.uapi.pages import SIZE_1G, SIZE_2M
-from tests.support.leaks import wait_for_none
 from tests.support.requirements import require_fuse, require_root
-from tests.support.watchdog import FuseWatchdog
 from tests.support.wire import Partial
 
 ROOT: Final = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.leaks import leftovers, wait_for_none
+from gmem.testing.leaks import leftovers, wait_for_none
+from gmem.testing.watchdog import FuseWatchdog, connection_id
 from tests.support.requirements import require_root
-from tests.support.watchdog import FuseWatchdog, connection_id
 
 SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
@@ -98,7 +98,7 @@ def test_a_released_connection_is_left_alone() -> None:
 def test_the_end_of_the_test_process_aborts_at_once() -> None:
     code = (
         "import sys, os, time; sys.path.insert(0, '.')\n"
-        "from tests.support.watchdog import FuseWatchdog\n"
+        "from gmem.testing.watchdog import FuseWatchdog\n"
         "FuseWatchdog(3600).watch(int(sys.argv[1]))\n"
         "os.kill(os.getpid(), 9)\n"
     )

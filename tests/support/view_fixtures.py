@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from gmem.testing.watchdog import FuseWatchdog
 from tests.support.view_world import MakeWorld, World
-from tests.support.watchdog import FuseWatchdog
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What somebody needs who tests a VMM: whole emulated hosts, fixtures, conformance."""
