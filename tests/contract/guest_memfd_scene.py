@@ -11,6 +11,7 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
+from gmem.api.types.v1.types_pb2 import MemPolicy
 from gmem.client import GuestMemfdClient, HostAllocatorClient
 from gmem.runtime.config import HostShape, NodeShape
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
@@ -60,6 +61,13 @@ RIGHT: Final[dict[str, Body]] = {
         "size": PAGE_SIZE,
         "descriptor": "@long",
     },
+    "SetMempolicy": {
+        "name": "@mainline",
+        "offset": 0,
+        "size": PAGE_SIZE,
+        "mempolicy": {"mode": MemPolicy.MODE_BIND, "nodes": [0]},
+    },
+    "GetMempolicy": {"name": "@mainline", "offset": 0, "size": PAGE_SIZE},
     "PinPages": {
         "name": "@shared",
         "offset": 0,
@@ -75,7 +83,7 @@ RIGHT: Final[dict[str, Body]] = {
 }
 READERS: Final = (
     *("GetGuestMemfd", "ListGuestMemfds", "GetPfn"),
-    *("KeepAlive", "GetOperation", "ListOperations"),
+    *("KeepAlive", "GetOperation", "ListOperations", "GetMempolicy"),
 )
 MUTATIONS: Final = sorted(rpc for rpc in RIGHT if rpc not in READERS)
 
@@ -90,6 +98,7 @@ class Scene:
     hold keeps it. used_up: 2M, slot 3, shared; its one folio was punched while held, so
     that its reservation is empty. used_up_private: as that, private. unused: 2M, slot
     4, shared, no folio. second: 2M of RFC_V2, unbound, shared, page 0 pinned by "disk".
+    mainline: 2M of MAINLINE, unbound, shared, no folio.
     long, short, view, blind: descriptors of a memfd with two pages and one page, of a
     view, and of a file open for writing alone. guest_pid: a client's.
     """
@@ -177,7 +186,12 @@ async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
         "used_up_private": await make(6, shared=True, page_size=SIZE_2M),
         "closed": await make(0, shared=True, page_size=SIZE_2M),
     }
-    made["second"] = await _second(host, gmem)
+    made["second"] = await _of_lineage(
+        host, gmem, "RFC_V2", page_size=SIZE_2M, support_shared=True
+    )
+    made["mainline"] = await _of_lineage(
+        host, gmem, "MAINLINE", page_size=PAGE_SIZE, mmap=True, init_shared=True
+    )
     for name, page in (("shared", 3), ("second", 0)):
         await _pin(gmem, made[name], page, "disk", pb.HOLD_KIND_PIN)
     for name in ("used_up", "used_up_private", "closed"):
@@ -189,11 +203,11 @@ async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
     return made
 
 
-async def _second(host: Host, gmem: GuestMemfdClient) -> Inode:
-    request = {"size": SIZE_2M, "page_size": SIZE_2M, "lineage": "RFC_V2"}
-    scene = Scene(gmem, {})
-    made = await scene.call("CreateGuestMemfd", request | {"support_shared": True})
-    return Inode(host, gmem, made.guest_memfd.name, SIZE_2M)
+async def _of_lineage(
+    host: Host, gmem: GuestMemfdClient, lineage: str, **options: Any
+) -> Inode:
+    made = await gmem.create_guest_memfd(size=SIZE_2M, lineage=lineage, **options)
+    return Inode(host, gmem, made.name, SIZE_2M)
 
 
 async def _pin(

@@ -55,6 +55,7 @@ OTHER: dict[str, Body] = {
     "UnbindMemslot": {"slot": 7},
     "ConvertRange": {"offset": PAGE_SIZE},
     "PopulateRange": {"offset": 2 * PAGE_SIZE},
+    "SetMempolicy": {"offset": PAGE_SIZE},
     "PinPages": {"holder": "another"},
     "UnpinPages": {"hold": 2},
     "OpenView": {"vm": VM},

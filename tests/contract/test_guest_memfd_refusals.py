@@ -13,10 +13,13 @@ from gmem.client import HostAllocatorClient
 from gmem.runtime.config import HostShape
 from gmem.uapi.errors import ERROR_TABLE, Reason
 from tests.contract.guest_memfd_cases import (
-    CASES,
+    CASES as COMMON_CASES,
+)
+from tests.contract.guest_memfd_cases import (
     ELSEWHERE,
     Case,
 )
+from tests.contract.guest_memfd_lineage_cases import CASES as LINEAGE_CASES
 from tests.contract.guest_memfd_scene import (
     MUTATIONS,
     SCENE_SHAPE,
@@ -30,6 +33,8 @@ from tests.support.sources import REPOSITORY
 from tests.tidy.test_error_tables import rpcs
 
 pytestmark = pytest.mark.fuse
+
+CASES = [*COMMON_CASES, *LINEAGE_CASES]
 
 
 @pytest.fixture(scope="module")

@@ -86,14 +86,19 @@ class GmemWorld:
     """One host: an allocator, the core under test, tables, a store, mappings."""
 
     def __init__(
-        self, *, huge_1g: int = 4, huge_2m: int = 16, base_pages: int = 1 << 16
+        self,
+        *,
+        huge_1g: int = 4,
+        huge_2m: int = 16,
+        base_pages: int = 1 << 16,
+        nodes: int = 1,
     ) -> None:
         pools = [
             allocator.BootPool(SIZE_1G, huge_1g),
             allocator.BootPool(SIZE_2M, huge_2m),
         ]
         nr_pages = (huge_1g << 18) + (huge_2m << 9) + base_pages
-        self.memory = HostMemory([nr_pages], pools)
+        self.memory = HostMemory([nr_pages] * nodes, pools)
         self.core = GuestMemfdCore()
         self.clock = Clock()
         self.tables: dict[int, Table] = {}
@@ -295,6 +300,10 @@ class GmemWorld:
     @_do.register
     def _(self, e: fx.Reserve) -> int:
         return self.memory.reserve(e.page_size, e.num_pages, owner=e.owner)
+
+    @_do.register
+    def _(self, e: fx.CountNodes) -> int:
+        return len(self.memory.statistics().nodes)
 
     @_do.register
     def _(self, e: fx.Allocate) -> tuple[Folio, ...]:

@@ -114,10 +114,14 @@ class MemoryClient:
 
     def raw_load_past_the_end(self, size: int) -> int:
         """Map `size` bytes, more than the file has, and read the last of them."""
+        return self.raw_load_in(size, size - 1)
+
+    def raw_load_in(self, size: int, at: int) -> int:
+        """Map `size` bytes, more than the file has, and read byte `at`."""
         flags = mmap.PROT_READ | mmap.PROT_WRITE
         address = libc.mmap(None, size, flags, mmap.MAP_SHARED, self.fd, 0)
         assert address != MAP_FAILED, os.strerror(ctypes.get_errno())
-        return int((ctypes.c_uint8 * size).from_address(address)[size - 1])
+        return int((ctypes.c_uint8 * size).from_address(address)[at])
 
     def count_up(self, offsets: list[int]) -> dict[str, int]:
         """Add 1 to the first eight bytes of each page until the next message comes."""
@@ -151,6 +155,12 @@ class MemoryClient:
         if libc.fallocate(self.fd, mode, offset, length) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+    def madvise(self, advice: int) -> int:
+        """Make one madvise over the whole window; return its errno, 0 for none."""
+        address = self.window.array.ctypes.data
+        found = libc.madvise(ctypes.c_void_p(address), self.window.size, advice)
+        return 0 if found == 0 else ctypes.get_errno()
 
     def convert(
         self, request: int, offset: int, size: int, error_offset: int = 0

@@ -37,6 +37,8 @@ class GuestMemfdClient(ServiceClient):
         mempolicy: MemPolicy | None = None,
         support_shared: bool = False,
         init_private: bool = False,
+        mmap: bool = False,
+        init_shared: bool = False,
         request_id: RequestId | None = None,
     ) -> pb.GuestMemfd:
         """Make an inode; its pages are reserved at once."""
@@ -48,6 +50,8 @@ class GuestMemfdClient(ServiceClient):
             mempolicy=mempolicy,
             support_shared=support_shared,
             init_private=init_private,
+            mmap=mmap,
+            init_shared=init_shared,
         )
         method = self._stub.CreateGuestMemfd
         return (await self.connection.mutate(method, request, request_id)).guest_memfd
@@ -173,6 +177,30 @@ class GuestMemfdClient(ServiceClient):
         timeout = self.connection.patience.beyond(wait_ms, timeout)
         method = self._stub.ConvertRange
         await self.connection.mutate(method, request, request_id, timeout=timeout)
+
+    async def set_mempolicy(
+        self,
+        *,
+        name: str,
+        offset: int,
+        size: int,
+        mempolicy: MemPolicy,
+        request_id: RequestId | None = None,
+    ) -> None:
+        """Give a range a memory policy, for what is allocated later (mbind)."""
+        request = pb.SetMempolicyRequest(
+            name=name, offset=offset, size=size, mempolicy=mempolicy
+        )
+        await self.connection.mutate(self._stub.SetMempolicy, request, request_id)
+
+    async def get_mempolicy(
+        self, *, name: str, offset: int, size: int
+    ) -> tuple[pb.MempolicyRun, ...]:
+        """Return the memory policies of a range, as runs (get_mempolicy)."""
+        request = pb.GetMempolicyRequest(name=name, offset=offset, size=size)
+        return tuple(
+            (await self.connection.call(self._stub.GetMempolicy, request)).runs
+        )
 
     async def populate_range(
         self,

@@ -251,6 +251,8 @@ class GuestMemfdClient(_Client[aio.GuestMemfdClient]):
     unbind_memslot = _blocking(aio.GuestMemfdClient.unbind_memslot)
     get_pfn = _blocking(aio.GuestMemfdClient.get_pfn)
     convert_range = _blocking(aio.GuestMemfdClient.convert_range)
+    set_mempolicy = _blocking(aio.GuestMemfdClient.set_mempolicy)
+    get_mempolicy = _blocking(aio.GuestMemfdClient.get_mempolicy)
     populate_range = _blocking(aio.GuestMemfdClient.populate_range)
     pin_pages = _blocking(aio.GuestMemfdClient.pin_pages)
     keep_alive = _blocking(aio.GuestMemfdClient.keep_alive)

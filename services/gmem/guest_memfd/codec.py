@@ -21,7 +21,7 @@ from gmem.guest_memfd.core.values import (
 from gmem.uapi.errors import BadRequest, NoSuchObject, Reason
 from gmem.uapi.flags import Faultability
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import NodeId, Pfn
+from gmem.uapi.pages import NodeId, Pfn, PgRange
 
 _POLICY_MODES = {
     types_pb2.MemPolicy.MODE_UNSPECIFIED: MemPolicyMode.DEFAULT,
@@ -111,6 +111,13 @@ def mempolicy_from_wire(wire: types_pb2.MemPolicy) -> MemPolicy:
 def mempolicy_to_wire(policy: MemPolicy) -> types_pb2.MemPolicy:
     """Return the message of a policy."""
     return types_pb2.MemPolicy(mode=_WIRE_MODES[policy.mode], nodes=policy.nodes)
+
+
+def mempolicy_run_to_wire(pages: PgRange, policy: MemPolicy) -> pb.MempolicyRun:
+    """Return the message of pages that have one policy."""
+    return pb.MempolicyRun(
+        offset=pages.offset, size=pages.size, mempolicy=mempolicy_to_wire(policy)
+    )
 
 
 def hold_kind_from_wire(kind: pb.HoldKind.ValueType) -> HoldKind:

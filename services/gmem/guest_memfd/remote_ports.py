@@ -42,6 +42,7 @@ class RemotePorts:
     def register(self, performer: Performer) -> None:
         """Enter every effect of this file in the table of who answers what."""
         performer.register_remote(fx.Reserve, self._noticing(self._reserve))
+        performer.register_remote(fx.CountNodes, self._count_nodes)
         performer.register_remote(fx.Allocate, self._noticing(self._allocate))
         performer.register_remote(fx.Split, self._noticing(self._split))
         performer.register_remote(fx.Reconstruct, self._noticing(self._reconstruct))
@@ -71,6 +72,10 @@ class RemotePorts:
         return await self._allocator.reserve(
             page_size=effect.page_size, num_pages=effect.num_pages, owner=effect.owner
         )
+
+    async def _count_nodes(self, effect: fx.CountNodes) -> int:
+        del effect
+        return len((await self._allocator.get_statistics()).nodes)
 
     async def _allocate(self, effect: fx.Allocate) -> tuple[Folio, ...]:
         folios = await self._allocator.allocate(

@@ -110,6 +110,8 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
             mempolicy=codec.mempolicy_from_wire(request.mempolicy),
             support_shared=request.support_shared,
             init_private=request.init_private,
+            mmap=request.mmap,
+            init_shared=request.init_shared,
         )
         number = await self._service.run(self._core.create(options))
         self._service.record(
@@ -214,6 +216,34 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
             "inode.populated", number, offset=hex(request.offset), size=request.size
         )
         return pb.PopulateRangeResponse()
+
+    async def SetMempolicy(
+        self, request: pb.SetMempolicyRequest, context: Context
+    ) -> pb.SetMempolicyResponse:
+        """Give a range a memory policy."""
+        policy = codec.mempolicy_from_wire(request.mempolicy)
+        number = self._names.inode(request.name)
+        target = ByteRange(number, request.offset, request.size)
+        await self._service.run(self._core.set_mempolicy(target, policy))
+        self._service.record(
+            "inode.mempolicy_set",
+            number,
+            offset=hex(request.offset),
+            size=hex(request.size),
+            mode=policy.mode.value,
+        )
+        return pb.SetMempolicyResponse()
+
+    async def GetMempolicy(
+        self, request: pb.GetMempolicyRequest, context: Context
+    ) -> pb.GetMempolicyResponse:
+        """Return the memory policies of a range."""
+        number = self._names.inode(request.name)
+        target = ByteRange(number, request.offset, request.size)
+        with self._service.mutex:
+            runs = self._core.mempolicies(target)
+        wire = [codec.mempolicy_run_to_wire(*run) for run in runs]
+        return pb.GetMempolicyResponse(runs=wire)
 
     # Memslots.
 

@@ -36,6 +36,11 @@ RFC_V2_HUGE_PAGES: Final = GUEST_MEMFD_FLAG_HUGETLB
 GUESTMEM_HUGE_SHIFT: Final = 58
 GUESTMEM_HUGE_MASK: Final = 0x3F
 
+# KVM_CREATE_GUEST_MEMFD in mainline; which of them a VM may use says
+# KVM_CAP_GUEST_MEMFD_FLAGS.
+GUEST_MEMFD_FLAG_MMAP: Final = 1 << 0
+GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
+
 # ioctls of the 51-patch series on the file: _IOWR(0xAF, 0x41 and 0x42, struct
 # kvm_gmem_convert), three 64-bit words: offset, size, error_offset.
 KVM_GMEM_CONVERT_SHARED: Final = 0xC018AF41
@@ -60,6 +65,7 @@ class Capability(IntEnum):
     GUEST_MEMFD = 234
     VM_TYPES = 235
     PRE_FAULT_MEMORY = 236
+    GUEST_MEMFD_FLAGS = 244
 
 
 class ExitReason(IntEnum):

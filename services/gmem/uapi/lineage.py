@@ -17,3 +17,6 @@ class Lineage(StrEnum):
 
     RFC_V2 = "RFC_V2"
     """Its second version, 51 patches, May 2025."""
+
+    MAINLINE = "MAINLINE"
+    """torvalds/linux 7.x: mmap, one memory policy per range, pages of 4K alone."""

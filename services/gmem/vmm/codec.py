@@ -78,6 +78,7 @@ def vm_to_wire(vm: Vm) -> pb.Vm:
         guest_pid=vm.guest_pid,
         guest_alive=vm.guest_alive,
         mmu_invalidate_seq=vm.invalidation.seq,
+        extensions={int(key): value for key, value in vm.extensions.items()},
     )
 
 

@@ -83,6 +83,8 @@ class GuestMemfdPort:
             vm=effect.vm,
             support_shared=effect.support_shared,
             init_private=effect.init_private,
+            mmap=effect.mmap,
+            init_shared=effect.init_shared,
         )
         return made.name
 

@@ -19,14 +19,17 @@ from gmem.api.host_allocator.v1.host_allocator_pb2 import GetStatisticsResponse
 from gmem.api.vmm.v1.vmm_pb2 import GetStage2Response
 from gmem.ctl.demo import scenario
 from gmem.ctl.demo.children import Child, ChildEndedError, describe
+from gmem.ctl.demo.command import run as run_demo
+from gmem.ctl.demo.dialect import DIALECTS
 from gmem.ctl.demo.report import Change, Snapshot, StepReport, counter_lines
 from gmem.ctl.demo.stage import Stage
 from gmem.ctl.demo.step import Step
 from gmem.ctl.directories import HostDirectory
-from gmem.ctl.errors import ServiceDiedError
+from gmem.ctl.errors import ControlError, ServiceDiedError
 from gmem.ctl.processes import exit_status, record, send, spawn, wait_gone
 from gmem.ctl.state import HostState, ServiceRecord, boot_id
 from gmem.uapi.errors import BadRequest, Contended, Reason, TransportError
+from gmem.uapi.lineage import Lineage
 
 START = Snapshot(
     total=6,
@@ -258,3 +261,18 @@ def test_a_refusal_survives_the_pipe() -> None:
     answer = _answer(refuse, {})
     assert answer["error"]["reason"] == "RANGE_EMPTY"
     assert answer["error"]["numbers"] == {"size": 0}
+
+
+def test_every_lineage_has_a_demo_or_says_why_not() -> None:
+    assert set(scenario.STEPS_OF) | set(scenario.NO_DEMO) == set(Lineage)
+    assert not set(scenario.STEPS_OF) & set(scenario.NO_DEMO)
+    assert set(DIALECTS) == set(scenario.STEPS_OF)
+
+
+def test_a_lineage_without_a_demo_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    directory = HostDirectory(tmp_path, "demo")
+    with pytest.raises(ControlError, match=r"MAINLINE has neither.*use --lineage RFC_"):
+        run_demo(directory, None, as_json=True, lineage=Lineage.MAINLINE)
+    assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ LOG_2M, LOG_1G = 21 << 26, 30 << 26
     ],
 )
 def test_flag_word_means_a_shape(size: int, flags: int, shape: FileShape) -> None:
-    assert rfc_v1_shape(size, flags) == shape
+    assert rfc_v1_shape(new_vm(), size, flags) == shape
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ REGION = Region(3, GMEM, SIZE_1G, SIZE_1G, Userspace("descriptors/1", 0), NAME)
 
 def shape(size: int, flags: int) -> Any:
     try:
-        return rfc_v2_shape(size, flags)
+        return rfc_v2_shape(new_vm(lineage=Lineage.RFC_V2), size, flags)
     except KernelError as error:
         return error.reason if error.errno == 22 else error
 
@@ -137,7 +137,7 @@ def test_a_file_with_shared_pages_serves_both_kinds_of_access() -> None:
     ]
     assert world.asked(BindSlot)[0].userspace == FileIdentity(7, 2, 0)
     [slot] = vm.memslots
-    assert slot.in_place
+    assert slot.gmem_only
     host, guest = world.asked(MapHostView)[0], world.asked(MapGuestView)[0]
     assert (slot.userspace_window, slot.guest_view_window) == (
         host.window,

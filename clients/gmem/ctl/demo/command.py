@@ -53,6 +53,9 @@ def run(
     it cannot begin. A service that dies is printed as the end of its step, and leaves
     the rest of the host for `gmemctl down`.
     """
+    if lineage in scenario.NO_DEMO:
+        offered = " or ".join(scenario.STEPS_OF)
+        raise ControlError(f"{scenario.NO_DEMO[lineage]}: use --lineage {offered}")
     # What this Python is, not where a virtual environment points to.
     chosen = Payload.read(payload or Path("/proc/self/exe").resolve())
     screen = None if as_json else console()

@@ -26,6 +26,11 @@ STEPS_OF: Final[Mapping[Lineage, Sequence[Step]]] = {
     Lineage.RFC_V1: STEPS,
     Lineage.RFC_V2: steps_rfc_v2.STEPS,
 }
+NO_DEMO: Final[Mapping[Lineage, str]] = {
+    Lineage.MAINLINE: "MAINLINE has neither 1G pages nor a conversion in place, which "
+    "is all that the demo shows",
+}
+"""Why there are no steps in the other lineages."""
 
 # A dying service takes others along: who died first is clear a moment later.
 _SETTLE_SECONDS: Final = 0.5

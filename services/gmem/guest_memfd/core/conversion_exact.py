@@ -78,7 +78,7 @@ def _compute_work(items: Sequence[ConvertItem], to: Faultability) -> list[Conver
     return [
         ConvertItem(item.inode, run)
         for item in items
-        if item.inode.options.support_shared
+        if item.inode.serves_shared
         for run in item.inode.faultability.runs_of(item.pages, opposite(to))
     ]
 

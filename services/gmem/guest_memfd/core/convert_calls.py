@@ -74,8 +74,8 @@ class ConvertCalls(Inodes):
         if not inode.rules.convert_ioctls:
             raise Unsupported(
                 Reason.IOCTL_UNKNOWN,
-                f"a file of {inode.options.lineage} is converted through its VM: use "
-                "KVM_SET_MEMORY_ATTRIBUTES",
+                f"a file of {inode.options.lineage} has no such ioctl: use "
+                "KVM_SET_MEMORY_ATTRIBUTES of its VM",
                 inode=number,
             )
         pages = require_convert_ioctl(offset, size, error_offset, i_size=inode.i_size)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 from gmem.guest_memfd.core.inode import InodeOptions
 from gmem.uapi.errors import BadRequest, Reason
 from gmem.uapi.flags import Faultability
+from gmem.uapi.pages import PAGE_SIZE
 
 
 class CreationPolicy(Protocol):
@@ -21,18 +23,16 @@ class CreationPolicy(Protocol):
     def host_mmap(self, options: InodeOptions) -> bool:
         """Tell whether userspace may mmap the file."""
 
+    def serves_shared(self, options: InodeOptions) -> bool:
+        """Tell whether the guest's shared accesses come from the file too."""
+
 
 class ByBind:
     """The 39-patch series: mmap always, and a bind says who may fault."""
 
     def require(self, options: InodeOptions) -> None:
         """Refuse the flags of later series."""
-        if options.support_shared or options.init_private:
-            raise BadRequest(
-                Reason.FLAG_UNKNOWN,
-                f"{options.lineage} knows neither support_shared nor init_private: "
-                "clear them, or use RFC_V2",
-            )
+        _refuse_others(options, known=())
 
     def initial(self, options: InodeOptions) -> None:
         """Leave it to the first bind."""
@@ -43,12 +43,18 @@ class ByBind:
         del options
         return True
 
+    def serves_shared(self, options: InodeOptions) -> bool:
+        """Leave shared memory to the userspace side."""
+        del options
+        return False
+
 
 class ByFlags:
     """The 51-patch series: SUPPORT_SHARED and INIT_PRIVATE say it, for good."""
 
     def require(self, options: InodeOptions) -> None:
         """INIT_PRIVATE has a meaning only where pages can be shared."""
+        _refuse_others(options, known=("support_shared", "init_private"))
         if options.init_private and not options.support_shared:
             raise BadRequest(
                 Reason.FLAG_COMBINATION,
@@ -63,3 +69,48 @@ class ByFlags:
     def host_mmap(self, options: InodeOptions) -> bool:
         """Only a file that supports shared pages has something to map."""
         return options.support_shared
+
+    def serves_shared(self, options: InodeOptions) -> bool:
+        """A file that supports shared pages has those of the guest."""
+        return options.support_shared
+
+
+class ByMmapFlags:
+    """Mainline: MMAP and INIT_SHARED, each for itself; pages are private by default."""
+
+    def require(self, options: InodeOptions) -> None:
+        """There are no huge pages."""
+        _refuse_others(options, known=("mmap", "init_shared"))
+        if options.page_size != PAGE_SIZE:
+            raise BadRequest(
+                Reason.PAGE_SIZE_UNKNOWN,
+                f"{options.lineage} has pages of 4K only, and none of "
+                f"{options.page_size} bytes: use RFC_V1 or RFC_V2 for huge pages",
+                page_size=options.page_size,
+            )
+
+    def initial(self, options: InodeOptions) -> Faultability:
+        """Private, unless it was told otherwise."""
+        return Faultability.ALL if options.init_shared else Faultability.GUEST
+
+    def host_mmap(self, options: InodeOptions) -> bool:
+        """MMAP says it."""
+        return options.mmap
+
+    def serves_shared(self, options: InodeOptions) -> bool:
+        """MMAP makes a memslot GMEM_ONLY: each fault of its guest is the file's."""
+        return options.mmap
+
+
+_FLAGS: Final = ("support_shared", "init_private", "mmap", "init_shared")
+
+
+def _refuse_others(options: InodeOptions, *, known: Sequence[str]) -> None:
+    """Refuse what other lineages have: FLAG_UNKNOWN."""
+    for name in _FLAGS:
+        if name not in known and getattr(options, name):
+            offered = " and ".join(known) or "no such flag"
+            raise BadRequest(
+                Reason.FLAG_UNKNOWN,
+                f"{options.lineage} does not know {name}: clear it; it has {offered}",
+            )

@@ -50,6 +50,11 @@ class Reserve(Effect[int]):
 
 
 @dataclass(frozen=True, slots=True)
+class CountNodes(Effect[int]):
+    """Ask how many NUMA nodes the host has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Allocate(Effect[tuple[Folio, ...]]):
     """Take folios of a reservation; the reply has at least one, at most `nr_folios`.
 
@@ -336,6 +341,7 @@ class Record(Effect[None]):
 
 REMOTE: Final = (
     Reserve,
+    CountNodes,
     Allocate,
     Split,
     Reconstruct,

@@ -126,10 +126,16 @@ def _first_hole(inode: Inode, pages: PgRange) -> int:
 
 
 def _add_folios(inode: Inode, hole: PgRange) -> Op[None]:
-    """Allocate folios for a run of hole units and insert them, unattached."""
+    """Allocate folios for a run of hole units and insert them, unattached.
+
+    As many as have the memory policy of the first page, and perhaps fewer.
+    """
+    if inode.order == 0:
+        hole = inode.mempolicies.first_run(hole)
     nr_units = len(hole) >> inode.order
+    policy = inode.mempolicies.at(hole.start)
     folios = yield from perform(
-        Allocate(inode.handle, inode.page_size, inode.options.mempolicy, nr_units)
+        Allocate(inode.handle, inode.page_size, policy, nr_units)
     )
     assert 0 < len(folios) <= nr_units, (len(folios), nr_units)
 

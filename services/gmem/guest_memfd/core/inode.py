@@ -15,6 +15,7 @@ from gmem.guest_memfd.core.bindings import Bindings
 from gmem.guest_memfd.core.faultability import FaultabilityMap
 from gmem.guest_memfd.core.filemap import Filemap
 from gmem.guest_memfd.core.folio_locks import FolioLocks
+from gmem.guest_memfd.core.mempolicies import MemPolicies
 from gmem.guest_memfd.core.page_set import PageSet
 from gmem.guest_memfd.core.references import References
 from gmem.guest_memfd.core.values import InodeStatistics, MemPolicy, ViewKind
@@ -34,7 +35,8 @@ class InodeOptions:
     """What CreateGuestMemfd fixes for the life of an inode; sizes in bytes.
 
     `vm` alone may bind the file; empty: the first VM that binds it. `support_shared`
-    and `init_private` are the 51-patch series' flags.
+    and `init_private` are the 51-patch series' flags, `mmap` and `init_shared` those of
+    mainline.
     """
 
     size: int
@@ -44,6 +46,8 @@ class InodeOptions:
     mempolicy: MemPolicy = MemPolicy()  # noqa: RUF009 - frozen
     support_shared: bool = False
     init_private: bool = False
+    mmap: bool = False
+    init_shared: bool = False
 
 
 class Inode:
@@ -74,6 +78,7 @@ class Inode:
         self.references = References()
         self.bindings = Bindings(nr_pages)
         self.transit = PageSet(nr_pages)
+        self.mempolicies = MemPolicies(options.mempolicy)
         self.file_open = True
         self.gone = False
         self.users = 0
@@ -95,6 +100,11 @@ class Inode:
         """Return the private pages that no operation has withdrawn from the guest."""
         private = self.faultability.runs_of(pages, Faultability.GUEST)
         return [run for part in private for run in self.transit.holes(part)]
+
+    @property
+    def serves_shared(self) -> bool:
+        """Whether the guest's shared accesses come from the file too."""
+        return self.rules.creation.serves_shared(self.options)
 
     @property
     def is_unused(self) -> bool:

@@ -13,7 +13,13 @@ from typing import Final
 from gmem.effects import Mode
 from gmem.guest_memfd.core.conversion import ConvertPolicy, convert
 from gmem.guest_memfd.core.conversion_exact import convert_exactly
-from gmem.guest_memfd.core.creation import ByBind, ByFlags, CreationPolicy
+from gmem.guest_memfd.core.conversion_none import refuse_conversion
+from gmem.guest_memfd.core.creation import (
+    ByBind,
+    ByFlags,
+    ByMmapFlags,
+    CreationPolicy,
+)
 from gmem.guest_memfd.core.eviction import EvictPolicy, free_at_once, free_page_by_page
 from gmem.guest_memfd.core.in_use import (
     FreeableTest,
@@ -38,6 +44,7 @@ class Operation(Enum):
     POPULATE = "populate"
     CONVERT = "convert"
     EVICT = "evict"
+    SET_MEMPOLICY = "set_mempolicy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +54,9 @@ class LineageRules:
     `lock_modes` says how each operation takes the invalidate_lock (None: not at all);
     `bind_sets_faultability` whether a bind overwrites the range with the default of
     the VM's type; `convert_ioctls` whether the file has ioctls that convert;
-    `holds_keep_inode` whether a page that is held keeps its inode alive. The others
-    are policies.
+    `holds_keep_inode` whether a page that is held keeps its inode alive;
+    `mempolicy_by_range` whether the file has memory policies of its own (mbind). The
+    others are policies.
     """
 
     lock_modes: Mapping[Operation, Mode | None]
@@ -60,6 +68,7 @@ class LineageRules:
     require_freeable: FreeableTest
     holds_keep_inode: bool
     evict_folios: EvictPolicy
+    mempolicy_by_range: bool
 
 
 _RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
@@ -76,6 +85,7 @@ _RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
     Operation.POPULATE: Mode.EXCLUSIVE,
     Operation.CONVERT: Mode.EXCLUSIVE,
     Operation.EVICT: Mode.EXCLUSIVE,
+    Operation.SET_MEMPOLICY: None,
 }
 
 RULES: Final[Mapping[Lineage, LineageRules]] = {
@@ -89,6 +99,7 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         require_freeable=anything_is_freeable,
         holds_keep_inode=True,
         evict_folios=free_at_once,
+        mempolicy_by_range=False,
     ),
     Lineage.RFC_V2: LineageRules(
         lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
@@ -100,5 +111,18 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         require_freeable=require_unreferenced_if_split,
         holds_keep_inode=False,
         evict_folios=free_page_by_page,
+        mempolicy_by_range=False,
+    ),
+    Lineage.MAINLINE: LineageRules(
+        lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
+        creation=ByMmapFlags(),
+        bind_sets_faultability=False,
+        convert=refuse_conversion,
+        convert_ioctls=False,
+        restructure=Eager(rounds_out=True, keeps_content=True),
+        require_freeable=anything_is_freeable,
+        holds_keep_inode=False,
+        evict_folios=free_page_by_page,
+        mempolicy_by_range=True,
     ),
 }

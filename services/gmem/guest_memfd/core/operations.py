@@ -12,6 +12,7 @@ from typing import Final
 from gmem.effects import Acquire, Mode, Op, Release, T, Ticket, holding, perform
 from gmem.guest_memfd.core.deferred import DeferredMerges
 from gmem.guest_memfd.core.effects import (
+    CountNodes,
     InvalidateEnd,
     IsUptodate,
     Prepare,
@@ -32,6 +33,7 @@ from gmem.guest_memfd.core.invalidation import (
     invalidate_end,
 )
 from gmem.guest_memfd.core.lineage import Operation
+from gmem.guest_memfd.core.mempolicies import require_mempolicy, require_nodes
 from gmem.guest_memfd.core.restructure import retire_whole_folios
 from gmem.guest_memfd.core.rows import record
 from gmem.guest_memfd.core.values import (
@@ -41,6 +43,7 @@ from gmem.guest_memfd.core.values import (
     GuestPage,
     Hold,
     Mapped,
+    MemPolicy,
     Sigbus,
     UserspaceSide,
     ViewKind,
@@ -202,7 +205,7 @@ def bind(inode: Inode, binding: Binding, userspace: UserspaceSide | None) -> Op[
             "one for this VM",
             inode=inode.number,
         )
-    if inode.options.support_shared and userspace is not None:
+    if inode.serves_shared and userspace is not None:
         _require_same_range(inode, binding, userspace)
     inode.bindings.require_free(binding.vm, binding.slot, binding.pages)
 
@@ -215,6 +218,18 @@ def bind(inode: Inode, binding: Binding, userspace: UserspaceSide | None) -> Op[
             inode.bindings.unbind(binding.vm, binding.slot)
             inode.vm = before
             raise
+
+
+def set_mempolicy(inode: Inode, pages: PgRange, policy: MemPolicy) -> Op[None]:
+    """Give a range a memory policy (kvm_gmem_set_policy()); no folio moves.
+
+    BadRequest: MEMPOLICY_INVALID, NODE_UNKNOWN.
+    """
+    require_mempolicy(policy)
+    nr_nodes = yield from perform(CountNodes())
+    require_nodes(policy, nr_nodes)
+
+    inode.mempolicies.store(pages, policy)
 
 
 def unbind(inode: Inode, vm: str, slot: int) -> Op[None]:

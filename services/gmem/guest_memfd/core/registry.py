@@ -29,10 +29,17 @@ from gmem.guest_memfd.core.values import (
     Binding,
     FaultOutcome,
     GuestFaultOutcome,
+    MemPolicy,
     UserspaceSide,
     ViewKind,
 )
-from gmem.uapi.errors import OPERATION_ERRORS, NoSuchObject, NotFaultable, Reason
+from gmem.uapi.errors import (
+    OPERATION_ERRORS,
+    NoSuchObject,
+    NotFaultable,
+    Reason,
+    Unsupported,
+)
 from gmem.uapi.flags import FALLOC_FL_PUNCH_HOLE, Faultability
 from gmem.uapi.pages import Gfn, PgOff, PgRange
 
@@ -117,7 +124,7 @@ class GuestMemfdCore(ConvertCalls, HoldCalls):
     def supports_shared(self, number: int) -> bool:
         """Tell whether an inode's shared pages are its guest's too; False if gone."""
         inode = self._inodes.get(number)
-        return inode is not None and inode.options.support_shared
+        return inode is not None and inode.serves_shared
 
     def view_opened(self, number: int, view: ViewKind) -> None:
         """Count an open file of a view: it keeps the inode alive."""
@@ -181,6 +188,31 @@ class GuestMemfdCore(ConvertCalls, HoldCalls):
         require_source(source_offset, target.size)
         body = operations.populate(inode, pages, descriptor, source_offset)
         yield from self._using([inode], guarded(inode, Operation.POPULATE, body))
+
+    def set_mempolicy(self, target: ByteRange, policy: MemPolicy) -> Op[None]:
+        """Give a range a memory policy, for what is allocated later (mbind).
+
+        Unsupported (OPERATION_UNSUPPORTED) in lineages that use the task's policy.
+        """
+        inode, pages = self._policed(target)
+        body = operations.set_mempolicy(inode, pages, policy)
+        yield from self._using([inode], guarded(inode, Operation.SET_MEMPOLICY, body))
+
+    def mempolicies(self, target: ByteRange) -> list[tuple[PgRange, MemPolicy]]:
+        """Return the memory policies of a range, as runs (get_mempolicy)."""
+        inode, pages = self._policed(target)
+        return inode.mempolicies.runs(pages)
+
+    def _policed(self, target: ByteRange) -> tuple[Inode, PgRange]:
+        inode, pages = self._pages_of(target)
+        if not inode.rules.mempolicy_by_range:
+            raise Unsupported(
+                Reason.OPERATION_UNSUPPORTED,
+                f"a file of {inode.options.lineage} has one memory policy, that of "
+                "CreateGuestMemfd: give it there, or use MAINLINE",
+                inode=inode.number,
+            )
+        return inode, pages
 
     # Memslots.
 

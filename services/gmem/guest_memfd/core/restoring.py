@@ -129,6 +129,8 @@ def _restore(number: int, rows: Mapping[str, Any]) -> Inode:
         mempolicy=MemPolicy(MemPolicyMode(mode), tuple(nodes)),
         support_shared=head["support_shared"],
         init_private=head["init_private"],
+        mmap=head["mmap"],
+        init_shared=head["init_shared"],
     )
     inode = Inode(number, options, head["handle"], RULES[lineage])
     inode.vm, inode.file_open = head["vm"], head["file_open"]
@@ -138,6 +140,9 @@ def _restore(number: int, rows: Mapping[str, Any]) -> Inode:
         inode.bindings.bind(Binding(vm, slot, Gfn(gfn), pages, faultable, target))
         # What the guest was handed is not known: everything.
         inode.bindings.require(vm, slot).handed_out.add(pages)
+    for start, stop, word, named in rows.get("mempolicies", ()):
+        policy = MemPolicy(MemPolicyMode(word), tuple(named))
+        inode.mempolicies.store(PgRange(start, stop), policy)
     flips = [int(key.removeprefix("flip/")) for key in rows if key.startswith("flip/")]
     inode.faultability.reset(sorted(flips))
     for key, row in rows.items():

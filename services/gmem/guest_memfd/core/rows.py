@@ -3,6 +3,7 @@
     next_inode                 the next number of an inode
     inode/N/head               what it was made with, its handle, whether it is open
     inode/N/bindings           its memslots
+    inode/N/mempolicies        ranges that have a memory policy of their own
     inode/N/flip/PAGE          faultability changes here: shared or private from here on
     inode/N/folios/CHUNK       runs of [place, nr, pfn, node, split] in the filemap
     inode/N/hold/HOLD          who, and which pages of the filemap
@@ -27,7 +28,7 @@ from typing import Any, TypeAlias
 from gmem.effects import Op, perform
 from gmem.guest_memfd.core.effects import Record
 from gmem.guest_memfd.core.inode import Inode
-from gmem.guest_memfd.core.values import Binding, Folio, Hold
+from gmem.guest_memfd.core.values import Binding, Folio, Hold, MemPolicy
 from gmem.uapi.pages import PgRange
 
 Changes: TypeAlias = dict[str, Any]
@@ -55,6 +56,8 @@ def inode_changes(inode: Inode, *, settled: bool) -> Changes:
         _tell(inode, rows, f"{base}/bindings", bindings or None)
         for flip, is_there in inode.faultability.drain().items():
             rows[f"{base}/flip/{flip}"] = 1 if is_there else None
+    policies = [_mempolicy_row(*item) for item in inode.mempolicies.all_set]
+    _tell(inode, rows, f"{base}/mempolicies", policies or None)
     for chunk, runs in inode.filemap.drain().items():
         rows[f"{base}/folios/{chunk}"] = runs or None
     for number, held in inode.references.drain().items():
@@ -87,6 +90,8 @@ def _head(inode: Inode) -> Changes:
         "mempolicy": [options.mempolicy.mode.value, list(options.mempolicy.nodes)],
         "support_shared": options.support_shared,
         "init_private": options.init_private,
+        "mmap": options.mmap,
+        "init_shared": options.init_shared,
         "handle": inode.handle,
         "vm": inode.vm,
         "file_open": inode.file_open,
@@ -105,6 +110,10 @@ def _binding_row(binding: Binding) -> list[Any]:
         binding.host_faultable,
         binding.vmm_target,
     ]
+
+
+def _mempolicy_row(pages: PgRange, policy: MemPolicy) -> list[Any]:
+    return [*_ends(pages), policy.mode.value, list(policy.nodes)]
 
 
 def _hold_row(hold: Hold, live: Sequence[PgRange]) -> list[Any]:

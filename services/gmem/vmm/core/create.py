@@ -4,6 +4,9 @@ R39's kvm_gmem_create() knows one flag for huge pages and, only with it, six bit
 the logarithm of their size. A logarithm of 0 means the default huge page size, and then
 alone a size that is no multiple is rounded up.
 
+Mainline has MMAP and INIT_SHARED, no huge pages, and says by a capability which of them
+a type of VM may use.
+
 R51 has the flag and the bits elsewhere, two flags for sharing, and rounds nothing: the
 size is checked against PAGE_SIZE by itself, against the huge page by the allocator.
 """
@@ -18,6 +21,8 @@ from gmem.effects import Op, perform
 from gmem.uapi.errors import BadRequest, Reason
 from gmem.uapi.flags import (
     GUEST_MEMFD_FLAG_INIT_PRIVATE,
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_MASK,
     GUESTMEM_HUGE_SHIFT,
@@ -47,18 +52,17 @@ class FileShape:
     page_size: int
     support_shared: bool = False
     init_private: bool = False
+    mmap: bool = False
+    init_shared: bool = False
 
 
-def rfc_v1_shape(size: int, flags: int) -> FileShape:
+def rfc_v1_shape(vm: Vm, size: int, flags: int) -> FileShape:
     """Decode the flag word of the 39-patch series.
 
     Raises BadRequest: FLAG_UNKNOWN, FLAG_COMBINATION, PAGE_SIZE_UNKNOWN, SIZE_INVALID.
     """
-    unknown = flags & ~(RFC_V1_HUGE_PAGES | _SIZE_BITS)
-    if unknown:
-        raise BadRequest(
-            Reason.FLAG_UNKNOWN, f"flag bits {unknown:#x} mean nothing: clear them"
-        )
+    del vm
+    _require_known(flags, RFC_V1_HUGE_PAGES | _SIZE_BITS)
     log = (flags >> KVM_GUEST_MEMFD_HUGE_SHIFT) & KVM_GUEST_MEMFD_HUGE_MASK
     if not flags & RFC_V1_HUGE_PAGES:
         _require_no_log(log, RFC_V1_HUGE_PAGES)
@@ -69,14 +73,11 @@ def rfc_v1_shape(size: int, flags: int) -> FileShape:
     return _shape(size, page_size)
 
 
-def rfc_v2_shape(size: int, flags: int) -> FileShape:
+def rfc_v2_shape(vm: Vm, size: int, flags: int) -> FileShape:
     """Decode the flag word of the 51-patch series; refusals as rfc_v1_shape()."""
+    del vm
     known = GUEST_MEMFD_FLAG_SUPPORT_SHARED | GUEST_MEMFD_FLAG_INIT_PRIVATE
-    unknown = flags & ~(known | RFC_V2_HUGE_PAGES | _RFC_V2_SIZE_BITS)
-    if unknown:
-        raise BadRequest(
-            Reason.FLAG_UNKNOWN, f"flag bits {unknown:#x} mean nothing: clear them"
-        )
+    _require_known(flags, known | RFC_V2_HUGE_PAGES | _RFC_V2_SIZE_BITS)
     support_shared = bool(flags & GUEST_MEMFD_FLAG_SUPPORT_SHARED)
     init_private = bool(flags & GUEST_MEMFD_FLAG_INIT_PRIVATE)
     if init_private and not support_shared:
@@ -94,9 +95,29 @@ def rfc_v2_shape(size: int, flags: int) -> FileShape:
     return replace(shape, support_shared=support_shared, init_private=init_private)
 
 
-SHAPE_OF: Final[dict[Lineage, Callable[[int, int], FileShape]]] = {
+def mainline_shape(vm: Vm, size: int, flags: int) -> FileShape:
+    """Decode the flag word of mainline. Raises FLAG_UNKNOWN, SIZE_INVALID."""
+    supported = vm.guest_memfd_flags
+    if flags & ~supported & GUEST_MEMFD_FLAG_INIT_SHARED:
+        raise BadRequest(
+            Reason.FLAG_UNKNOWN,
+            f"INIT_SHARED ({GUEST_MEMFD_FLAG_INIT_SHARED:#x}) is not for a "
+            f"{vm.type.name} VM, which has private memory: clear it, or use a DEFAULT "
+            "VM",
+        )
+    _require_known(flags, supported)
+    shape = _shape(size, PAGE_SIZE)
+    return replace(
+        shape,
+        mmap=bool(flags & GUEST_MEMFD_FLAG_MMAP),
+        init_shared=bool(flags & GUEST_MEMFD_FLAG_INIT_SHARED),
+    )
+
+
+SHAPE_OF: Final[dict[Lineage, Callable[[Vm, int, int], FileShape]]] = {
     Lineage.RFC_V1: rfc_v1_shape,
     Lineage.RFC_V2: rfc_v2_shape,
+    Lineage.MAINLINE: mainline_shape,
 }
 
 
@@ -105,7 +126,7 @@ def create_guest_memfd(vm: Vm, size: int, flags: int) -> Op[str]:
 
     Raises what the decoder of the lineage does, and POOL_EMPTY and its kin.
     """
-    shape = SHAPE_OF[vm.lineage](size, flags)
+    shape = SHAPE_OF[vm.lineage](vm, size, flags)
     effect = CreateFile(
         vm.name,
         shape.size,
@@ -113,8 +134,18 @@ def create_guest_memfd(vm: Vm, size: int, flags: int) -> Op[str]:
         vm.lineage,
         support_shared=shape.support_shared,
         init_private=shape.init_private,
+        mmap=shape.mmap,
+        init_shared=shape.init_shared,
     )
     return (yield from perform(effect))
+
+
+def _require_known(flags: int, known: int) -> None:
+    unknown = flags & ~known
+    if unknown:
+        raise BadRequest(
+            Reason.FLAG_UNKNOWN, f"flag bits {unknown:#x} mean nothing: clear them"
+        )
 
 
 def _require_no_log(log: int, huge_pages: int) -> None:

@@ -43,6 +43,8 @@ class CreateFile(Effect[str]):
     lineage: Lineage
     support_shared: bool = False
     init_private: bool = False
+    mmap: bool = False
+    init_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

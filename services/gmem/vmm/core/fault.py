@@ -7,7 +7,7 @@ slots_lock is not taken; the sequence stands in for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from gmem.effects import Op, perform
@@ -56,12 +56,16 @@ def fault(vm: Vm, request: Fault) -> Op[FaultOutcome]:
         return Retry(seq)
 
     slot = vm.memslots.find(request.gfn)
-    if slot is not None and slot.in_place:
-        return (yield from _in_place(vm, slot, request, seq))
+    if slot is not None and vm.file_says(slot):
+        return (yield from _from_file(vm, slot, request, seq))
     private = vm.attributes.is_private(request.gfn)
     meant = _meant(request.access, private=private)
     if meant is not private:
         return MemoryFault.of_page(request.gfn, private=meant)
+    if slot is not None and slot.gmem_only:
+        # Whatever the attribute: the file has the page.
+        either = replace(request, access=Access.BY_ATTRIBUTE)
+        return (yield from _from_file(vm, slot, either, seq, attribute=private))
     if private:
         return (yield from _private(vm, slot, request.gfn, seq))
     return _shared(vm, slot, request)
@@ -93,12 +97,16 @@ def _private(vm: Vm, slot: Memslot | None, gfn: int, seq: int) -> Op[FaultOutcom
     return _install_private(vm, slot, gfn, frame)
 
 
-def _in_place(vm: Vm, slot: Memslot, request: Fault, seq: int) -> Op[FaultOutcome]:
-    """kvm_mmu_faultin_pfn_gmem: the file says what is private, and has both kinds.
+def _from_file(
+    vm: Vm, slot: Memslot, request: Fault, seq: int, *, attribute: bool | None = None
+) -> Op[FaultOutcome]:
+    """kvm_mmu_faultin_pfn_gmem: the file has both kinds of page.
 
-    Attributes are not looked at. As the file does not go on where the access means the
-    other kind of page, nothing is allocated by one that is about to convert it.
+    Where no `attribute` was looked at, it says which this is: as it does not go on
+    where the access means the other kind, nothing is allocated by one that is about to
+    convert it.
     """
+    private = request.access is Access.PRIVATE if attribute is None else attribute
     gfn = request.gfn
     name, number = slot.region.guest_memfd, slot.region.slot
     meant = _MEANT_SHARED[request.access]
@@ -110,21 +118,25 @@ def _in_place(vm: Vm, slot: Memslot, request: Fault, seq: int) -> Op[FaultOutcom
     except KernelError as error:
         if vm.invalidation.must_retry(seq, PgRange(gfn, gfn + 1)):
             return Retry(vm.invalidation.seq)
-        return _refused(gfn, error, private=request.access is Access.PRIVATE)
+        return _refused(gfn, error, private=private)
     # As in _private(): what was learnt may be history.
     if vm.invalidation.must_retry(seq, PgRange(gfn, gfn + 1)):
         return Retry(vm.invalidation.seq)
     if not frame.matches:
-        return MemoryFault.of_page(gfn, private=request.access is Access.PRIVATE)
+        return MemoryFault.of_page(gfn, private=private)
     if not frame.shared:
-        return _install_private(vm, slot, gfn, frame)
+        kind = attribute is not False
+        return _install_private(vm, slot, gfn, frame, private=kind)
     gfns = PgRange(gfn, gfn + frame.npages).intersection(slot.gfns)
     if vm.invalidation.must_retry(seq, gfns):
         gfns = PgRange(gfn, gfn + 1)
     return _install_shared(vm, slot, gfns, pfn=frame.pfn)
 
 
-def _install_private(vm: Vm, slot: Memslot, gfn: int, frame: Frame) -> Mapped:
+def _install_private(
+    vm: Vm, slot: Memslot, gfn: int, frame: Frame, *, private: bool = True
+) -> Mapped:
+    """Map a page that the host may not fault; `private` is what accesses to it are."""
     order = max_order(vm.lineage, slot, vm.attributes, gfn, frame.order)
     # A bracket is open over other frames of the folio: their attributes are about to
     # differ, and its end zaps nothing. KVM once installed the huge page here.
@@ -133,14 +145,14 @@ def _install_private(vm: Vm, slot: Memslot, gfn: int, frame: Frame) -> Mapped:
         order = 0
     base = gfn >> order << order
     pfn = frame.pfn - (gfn - base)
-    entry = Entry(base, order, private=True, pfn=pfn)
+    entry = Entry(base, order, private=private, pfn=pfn)
     vm.stage2.install(entry)
     assert slot.guest_view_window is not None
     gfns = entry.gfns.intersection(slot.gfns)
     return Mapped(
         gfns,
         slot.guest_view_window,
-        private=True,
+        private=private,
         writable=True,
         seq=vm.invalidation.seq,
     )

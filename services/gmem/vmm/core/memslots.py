@@ -66,14 +66,15 @@ class Region:
 class Memslot:
     """A region in force, and the windows of the guest process that reach it.
 
-    `in_place`: the guest's shared accesses come from the file as well, whatever the
-    userspace side; `userspace_window` then shows the file's host view.
+    `gmem_only`: the guest's shared accesses come from the file as well, whatever the
+    userspace side (KVM_MEMSLOT_GMEM_ONLY); `userspace_window` then shows the file's
+    host view.
     """
 
     region: Region
     userspace_window: int | None
     guest_view_window: int | None
-    in_place: bool = False
+    gmem_only: bool = False
 
     @property
     def gfns(self) -> PgRange:

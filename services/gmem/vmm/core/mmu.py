@@ -160,7 +160,7 @@ def attributes_agree_where_they_count(
     slot: Memslot, attributes: MemoryAttributes, gfns: PgRange, order: int
 ) -> bool:
     """As attributes_agree(), but for slots whose file says what is private."""
-    return slot.in_place or attributes_agree(slot, attributes, gfns, order)
+    return slot.gmem_only or attributes_agree(slot, attributes, gfns, order)
 
 
 LPAGE_RULES: Final[dict[Lineage, tuple[LpageRule, ...]]] = {
@@ -171,6 +171,8 @@ LPAGE_RULES: Final[dict[Lineage, tuple[LpageRule, ...]]] = {
         file_agrees,
         attributes_agree_where_they_count,
     ),
+    # Its folios are of order 0, and max_order is forced to that.
+    Lineage.MAINLINE: (inside_slot, userspace_agrees, attributes_agree),
 }
 
 

@@ -45,7 +45,7 @@ def _is_mismatch(vm: Vm, reached: MemoryFault) -> bool:
     """Tell a wrong kind of access from a page that could not be had."""
     gfn = reached.gpa >> PAGE_SHIFT
     slot = vm.memslots.find(gfn)
-    if slot is not None and slot.in_place:
+    if slot is not None and vm.file_says(slot):
         # The file knows; what it refused for another reason says so.
         return reached.errno == Errno.EFAULT and not reached.reason
     private = vm.attributes.is_private(gfn)

@@ -66,11 +66,11 @@ def _parts(vm: Vm, gfns: PgRange) -> list[FileRange]:
 
 
 def _require_private(vm: Vm, gfns: PgRange) -> None:
-    """Refuse what an attribute says is shared; an in-place file is asked itself."""
+    """Refuse what an attribute says is shared; a file that knows is asked itself."""
     runs = [
         run
         for slot, part in vm.memslots.with_gmem(gfns)
-        if not slot.in_place
+        if not vm.file_says(slot)
         for run in vm.attributes.runs(part)
     ]
     for run, attributes in runs:

@@ -108,7 +108,7 @@ def _slot_row(slot: Memslot) -> Changes:
         "userspace": None if side is None else [side.descriptor, side.offset],
         "guest_memfd": region.guest_memfd,
         "offset": region.guest_memfd_offset,
-        "in_place": slot.in_place,
+        "gmem_only": slot.gmem_only,
     }
 
 
@@ -124,4 +124,4 @@ def _slot_of(number: int, row: Mapping[str, Any]) -> Memslot:
         row["offset"],
     )
     # No guest process has a window.
-    return Memslot(region, None, None, in_place=row["in_place"])
+    return Memslot(region, None, None, gmem_only=row["gmem_only"])

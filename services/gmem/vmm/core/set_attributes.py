@@ -6,7 +6,8 @@ of all memslots in the range, in one call, which also does the series' rollback 
 store the attributes, only on success -> invalidate end.
 
 In the 51-patch series nothing is converted here. Userspace converts each file by its
-own ioctl, and sets attributes only where a memslot's file has no shared pages.
+own ioctl, and sets attributes only where a memslot's file has no shared pages. In
+mainline no file is converted at all: attributes say how the guest accesses a page.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def convert_memory(vm: Vm, address: int, size: int, *, private: bool) -> Op[None
     wanted = MemoryAttribute.PRIVATE if private else MemoryAttribute.SHARED
     gfns = require_gpa_range(address, size)
     slots = [
-        (slot, part) for slot, part in vm.memslots.with_gmem(gfns) if slot.in_place
+        (slot, part) for slot, part in vm.memslots.with_gmem(gfns) if vm.file_says(slot)
     ]
     yield from _convert(
         Convert(

@@ -41,15 +41,15 @@ def _set(vm: Vm, region: Region) -> Op[None]:
 
 def _create(vm: Vm, region: Region) -> Op[None]:
     yield from _require_backing(vm, region)
-    in_place = False
+    gmem_only = False
     if region.has_gmem:
         userspace = yield from _identify(vm, region)
-        in_place = bool((yield from perform(_bind(vm, region, userspace))))
+        gmem_only = bool((yield from perform(_bind(vm, region, userspace))))
     slot = Memslot(
         region,
-        userspace_window=vm.next_window() if region.userspace or in_place else None,
+        userspace_window=vm.next_window() if region.userspace or gmem_only else None,
         guest_view_window=vm.next_window() if region.has_gmem else None,
-        in_place=in_place,
+        gmem_only=gmem_only,
     )
     try:
         yield from _map(vm, slot)
@@ -121,7 +121,7 @@ def delete_memslot(vm: Vm, slot: int) -> Op[None]:
 
 def _map(vm: Vm, slot: Memslot) -> Op[None]:
     region, base = slot.region, slot.gfns.start
-    if slot.in_place:
+    if slot.gmem_only:
         assert slot.userspace_window is not None
         shared = MapHostView(
             vm.name,

@@ -13,14 +13,14 @@ from gmem.uapi.errors import (
     ObjectExists,
     Reason,
 )
-from gmem.uapi.flags import MemoryAttribute, VmType
+from gmem.uapi.flags import Capability, MemoryAttribute, VmType
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PgRange
 from gmem.vmm.core.attributes import MemoryAttributes
 from gmem.vmm.core.effects import NotifyGuest
 from gmem.vmm.core.invalidate import Invalidation, Key, Notice
 from gmem.vmm.core.lineage import VM_RULES, VmRules
-from gmem.vmm.core.memslots import Memslots
+from gmem.vmm.core.memslots import Memslot, Memslots
 from gmem.vmm.core.mmu import Stage2, Stage2Statistics
 from gmem.vmm.core.vcpu import Vcpu
 
@@ -97,9 +97,29 @@ class Vm:
         return VM_RULES[self.lineage]
 
     @property
+    def guest_memfd_flags(self) -> int:
+        """What KVM_CAP_GUEST_MEMFD_FLAGS answers; 0 where nothing knows it."""
+        return (self.rules.flags_capability or {}).get(self.type, 0)
+
+    @property
+    def extensions(self) -> dict[Capability, int]:
+        """What KVM_CHECK_EXTENSION answers on this VM and perhaps not on others."""
+        answers = {
+            Capability.MEMORY_ATTRIBUTES: int(self.traits.attributes),
+            Capability.GUEST_MEMFD: int(self.has_gmem),
+        }
+        if self.rules.flags_capability is not None:
+            answers[Capability.GUEST_MEMFD_FLAGS] = self.guest_memfd_flags
+        return answers
+
+    @property
     def has_gmem(self) -> bool:
         """Whether it may have GUEST_MEMFD memslots (kvm_arch_supports_gmem)."""
         return self.traits.private_memory or self.rules.gmem_for_every_type
+
+    def file_says(self, slot: Memslot) -> bool:
+        """Tell whether a memslot's file says what is private, not the attributes."""
+        return slot.gmem_only and self.type in self.rules.files_say_private
 
     def invalidate_begin(self, key: Key, gfns: PgRange) -> Notice:
         """Open a bracket and zap (kvm_gmem_invalidate_begin); never waits."""

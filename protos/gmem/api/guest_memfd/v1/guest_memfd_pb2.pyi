@@ -319,6 +319,8 @@ class CreateGuestMemfdRequest(_message.Message):
     MEMPOLICY_FIELD_NUMBER: _builtins.int
     SUPPORT_SHARED_FIELD_NUMBER: _builtins.int
     INIT_PRIVATE_FIELD_NUMBER: _builtins.int
+    MMAP_FIELD_NUMBER: _builtins.int
+    INIT_SHARED_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     page_size: _builtins.int
     """Bytes per folio: 4096, 2M or 1G; 0 means 4096."""
@@ -330,6 +332,10 @@ class CreateGuestMemfdRequest(_message.Message):
     """RFC_V2: GUEST_MEMFD_FLAG_SUPPORT_SHARED. Without it mmap is ENODEV."""
     init_private: _builtins.bool
     """RFC_V2: GUEST_MEMFD_FLAG_INIT_PRIVATE."""
+    mmap: _builtins.bool
+    """MAINLINE: GUEST_MEMFD_FLAG_MMAP. Without it mmap is ENODEV."""
+    init_shared: _builtins.bool
+    """MAINLINE: GUEST_MEMFD_FLAG_INIT_SHARED: the host may fault every page; else none."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId: ...
     @_builtins.property
@@ -345,10 +351,12 @@ class CreateGuestMemfdRequest(_message.Message):
         mempolicy: _types_pb2.MemPolicy | None = ...,
         support_shared: _builtins.bool = ...,
         init_private: _builtins.bool = ...,
+        mmap: _builtins.bool = ...,
+        init_shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy", "request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_private", b"init_private", "lineage", b"lineage", "mempolicy", b"mempolicy", "page_size", b"page_size", "request_id", b"request_id", "size", b"size", "support_shared", b"support_shared", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_private", b"init_private", "init_shared", b"init_shared", "lineage", b"lineage", "mempolicy", b"mempolicy", "mmap", b"mmap", "page_size", b"page_size", "request_id", b"request_id", "size", b"size", "support_shared", b"support_shared", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -589,6 +597,134 @@ class UserspaceSide(_message.Message):
 Global___UserspaceSide: _TypeAlias = UserspaceSide  # noqa: Y015
 
 @_typing.final
+class SetMempolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    MEMPOLICY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    offset: _builtins.int
+    size: _builtins.int
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    @_builtins.property
+    def mempolicy(self) -> _types_pb2.MemPolicy: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+        mempolicy: _types_pb2.MemPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy", "request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy", "name", b"name", "offset", b"offset", "request_id", b"request_id", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMempolicyRequest: _TypeAlias = SetMempolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetMempolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMempolicyResponse: _TypeAlias = SetMempolicyResponse  # noqa: Y015
+
+@_typing.final
+class GetMempolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    offset: _builtins.int
+    size: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset", b"offset", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMempolicyRequest: _TypeAlias = GetMempolicyRequest  # noqa: Y015
+
+@_typing.final
+class MempolicyRun(_message.Message):
+    """A run of pages of one inode with one memory policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    MEMPOLICY_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    size: _builtins.int
+    @_builtins.property
+    def mempolicy(self) -> _types_pb2.MemPolicy: ...
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+        mempolicy: _types_pb2.MemPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy", "offset", b"offset", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MempolicyRun: _TypeAlias = MempolicyRun  # noqa: Y015
+
+@_typing.final
+class GetMempolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___MempolicyRun]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        runs: _abc.Iterable[Global___MempolicyRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMempolicyResponse: _TypeAlias = GetMempolicyResponse  # noqa: Y015
+
+@_typing.final
 class BindMemslotRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -649,7 +785,7 @@ class BindMemslotResponse(_message.Message):
     SUPPORT_SHARED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     support_shared: _builtins.bool
-    """The guest's shared accesses come from the file too (support_shared)."""
+    """The guest's shared accesses come from the file too (support_shared, mmap)."""
     def __init__(
         self,
         *,

@@ -65,6 +65,16 @@ class GuestMemfdServiceStub:
                 request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.FallocateRequest.SerializeToString,
                 response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.FallocateResponse.FromString,
                 _registered_method=True)
+        self.SetMempolicy = channel.unary_unary(
+                '/gmem.api.guest_memfd.v1.GuestMemfdService/SetMempolicy',
+                request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.SetMempolicyRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.SetMempolicyResponse.FromString,
+                _registered_method=True)
+        self.GetMempolicy = channel.unary_unary(
+                '/gmem.api.guest_memfd.v1.GuestMemfdService/GetMempolicy',
+                request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetMempolicyRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetMempolicyResponse.FromString,
+                _registered_method=True)
         self.BindMemslot = channel.unary_unary(
                 '/gmem.api.guest_memfd.v1.GuestMemfdService/BindMemslot',
                 request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.BindMemslotRequest.SerializeToString,
@@ -144,11 +154,11 @@ class GuestMemfdServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | size is 0 or no multiple of page_size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
-        | page_size is not offered | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+        | page_size is not offered, or not in this lineage (MAINLINE: 4K alone) | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | lineage is not offered | ARGUMENT_INVALID | INVALID_ARGUMENT | see GetCapabilities |
         | mempolicy has an unknown mode | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode |
         | a flag that the lineage does not know | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
-        | init_private without support_shared | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
+        | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -211,6 +221,43 @@ class GuestMemfdServiceServicer:
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | see ListGuestMemfds |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetMempolicy(self, request, context):
+        """Gives a range a memory policy, for folios that are allocated from then on
+        (mbind(2) on the file); those that are there stay. MODE_DEFAULT takes it away. The
+        policy of a page comes before that of CreateGuestMemfd. MAINLINE.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+        | unknown mode; BIND or INTERLEAVE without nodes; DEFAULT with nodes | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode, with its nodes |
+        | a node that the host does not have | NODE_UNKNOWN | INVALID_ARGUMENT | name nodes of the host |
+        | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMempolicy(self, request, context):
+        """The memory policies of a range, as runs (get_mempolicy(2) with MPOL_F_ADDR);
+        MODE_DEFAULT where none was set.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+        | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -293,6 +340,7 @@ class GuestMemfdServiceServicer:
         | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
         | size is 0, or no range is given | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | the lineage converts no file in place (MAINLINE) | IOCTL_UNKNOWN | UNIMPLEMENTED | set the attributes of the VM |
         | two ranges of one inode overlap | ARGUMENT_INVALID | INVALID_ARGUMENT | give each page once |
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -463,6 +511,16 @@ def add_GuestMemfdServiceServicer_to_server(servicer, server):
                     servicer.Fallocate,
                     request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.FallocateRequest.FromString,
                     response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.FallocateResponse.SerializeToString,
+            ),
+            'SetMempolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMempolicy,
+                    request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.SetMempolicyRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.SetMempolicyResponse.SerializeToString,
+            ),
+            'GetMempolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMempolicy,
+                    request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetMempolicyRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetMempolicyResponse.SerializeToString,
             ),
             'BindMemslot': grpc.unary_unary_rpc_method_handler(
                     servicer.BindMemslot,
@@ -688,6 +746,60 @@ class GuestMemfdService:
             '/gmem.api.guest_memfd.v1.GuestMemfdService/Fallocate',
             gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.FallocateRequest.SerializeToString,
             gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.FallocateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMempolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.guest_memfd.v1.GuestMemfdService/SetMempolicy',
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.SetMempolicyRequest.SerializeToString,
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.SetMempolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMempolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.guest_memfd.v1.GuestMemfdService/GetMempolicy',
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetMempolicyRequest.SerializeToString,
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetMempolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

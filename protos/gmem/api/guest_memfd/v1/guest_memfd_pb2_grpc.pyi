@@ -41,11 +41,11 @@ class GuestMemfdServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | size is 0 or no multiple of page_size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
-    | page_size is not offered | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+    | page_size is not offered, or not in this lineage (MAINLINE: 4K alone) | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | lineage is not offered | ARGUMENT_INVALID | INVALID_ARGUMENT | see GetCapabilities |
     | mempolicy has an unknown mode | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode |
     | a flag that the lineage does not know | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
-    | init_private without support_shared | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
+    | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -92,6 +92,35 @@ class GuestMemfdServiceStub:
     | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | see ListGuestMemfds |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    SetMempolicy: _grpc.UnaryUnaryMultiCallable[_guest_memfd_pb2.SetMempolicyRequest, _guest_memfd_pb2.SetMempolicyResponse]
+    """Gives a range a memory policy, for folios that are allocated from then on
+    (mbind(2) on the file); those that are there stay. MODE_DEFAULT takes it away. The
+    policy of a page comes before that of CreateGuestMemfd. MAINLINE.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+    | unknown mode; BIND or INTERLEAVE without nodes; DEFAULT with nodes | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode, with its nodes |
+    | a node that the host does not have | NODE_UNKNOWN | INVALID_ARGUMENT | name nodes of the host |
+    | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    GetMempolicy: _grpc.UnaryUnaryMultiCallable[_guest_memfd_pb2.GetMempolicyRequest, _guest_memfd_pb2.GetMempolicyResponse]
+    """The memory policies of a range, as runs (get_mempolicy(2) with MPOL_F_ADDR);
+    MODE_DEFAULT where none was set.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+    | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
     """
     BindMemslot: _grpc.UnaryUnaryMultiCallable[_guest_memfd_pb2.BindMemslotRequest, _guest_memfd_pb2.BindMemslotResponse]
     """Binds a memslot's pages (kvm_gmem_bind). In RFC_V1 this sets the default
@@ -158,6 +187,7 @@ class GuestMemfdServiceStub:
     | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
     | size is 0, or no range is given | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | the lineage converts no file in place (MAINLINE) | IOCTL_UNKNOWN | UNIMPLEMENTED | set the attributes of the VM |
     | two ranges of one inode overlap | ARGUMENT_INVALID | INVALID_ARGUMENT | give each page once |
     | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -274,11 +304,11 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | size is 0 or no multiple of page_size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
-    | page_size is not offered | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+    | page_size is not offered, or not in this lineage (MAINLINE: 4K alone) | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | lineage is not offered | ARGUMENT_INVALID | INVALID_ARGUMENT | see GetCapabilities |
     | mempolicy has an unknown mode | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode |
     | a flag that the lineage does not know | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
-    | init_private without support_shared | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
+    | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -325,6 +355,35 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | see ListGuestMemfds |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    SetMempolicy: _aio.UnaryUnaryMultiCallable[_guest_memfd_pb2.SetMempolicyRequest, _guest_memfd_pb2.SetMempolicyResponse]  # type: ignore[assignment]
+    """Gives a range a memory policy, for folios that are allocated from then on
+    (mbind(2) on the file); those that are there stay. MODE_DEFAULT takes it away. The
+    policy of a page comes before that of CreateGuestMemfd. MAINLINE.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+    | unknown mode; BIND or INTERLEAVE without nodes; DEFAULT with nodes | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode, with its nodes |
+    | a node that the host does not have | NODE_UNKNOWN | INVALID_ARGUMENT | name nodes of the host |
+    | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    GetMempolicy: _aio.UnaryUnaryMultiCallable[_guest_memfd_pb2.GetMempolicyRequest, _guest_memfd_pb2.GetMempolicyResponse]  # type: ignore[assignment]
+    """The memory policies of a range, as runs (get_mempolicy(2) with MPOL_F_ADDR);
+    MODE_DEFAULT where none was set.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+    | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
     """
     BindMemslot: _aio.UnaryUnaryMultiCallable[_guest_memfd_pb2.BindMemslotRequest, _guest_memfd_pb2.BindMemslotResponse]  # type: ignore[assignment]
     """Binds a memslot's pages (kvm_gmem_bind). In RFC_V1 this sets the default
@@ -391,6 +450,7 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
     | size is 0, or no range is given | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | the lineage converts no file in place (MAINLINE) | IOCTL_UNKNOWN | UNIMPLEMENTED | set the attributes of the VM |
     | two ranges of one inode overlap | ARGUMENT_INVALID | INVALID_ARGUMENT | give each page once |
     | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -516,11 +576,11 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | size is 0 or no multiple of page_size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
-        | page_size is not offered | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+        | page_size is not offered, or not in this lineage (MAINLINE: 4K alone) | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | lineage is not offered | ARGUMENT_INVALID | INVALID_ARGUMENT | see GetCapabilities |
         | mempolicy has an unknown mode | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode |
         | a flag that the lineage does not know | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
-        | init_private without support_shared | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
+        | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -591,6 +651,47 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | see ListGuestMemfds |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def SetMempolicy(
+        self,
+        request: _guest_memfd_pb2.SetMempolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_guest_memfd_pb2.SetMempolicyResponse, _abc.Awaitable[_guest_memfd_pb2.SetMempolicyResponse]]:
+        """Gives a range a memory policy, for folios that are allocated from then on
+        (mbind(2) on the file); those that are there stay. MODE_DEFAULT takes it away. The
+        policy of a page comes before that of CreateGuestMemfd. MAINLINE.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+        | unknown mode; BIND or INTERLEAVE without nodes; DEFAULT with nodes | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode, with its nodes |
+        | a node that the host does not have | NODE_UNKNOWN | INVALID_ARGUMENT | name nodes of the host |
+        | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def GetMempolicy(
+        self,
+        request: _guest_memfd_pb2.GetMempolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_guest_memfd_pb2.GetMempolicyResponse, _abc.Awaitable[_guest_memfd_pb2.GetMempolicyResponse]]:
+        """The memory policies of a range, as runs (get_mempolicy(2) with MPOL_F_ADDR);
+        MODE_DEFAULT where none was set.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the lineage uses the policy of the task | OPERATION_UNSUPPORTED | UNIMPLEMENTED | use another lineage |
+        | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
         """
 
     @_abc_1.abstractmethod
@@ -681,6 +782,7 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
         | size is 0, or no range is given | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | the lineage converts no file in place (MAINLINE) | IOCTL_UNKNOWN | UNIMPLEMENTED | set the attributes of the VM |
         | two ranges of one inode overlap | ARGUMENT_INVALID | INVALID_ARGUMENT | give each page once |
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |

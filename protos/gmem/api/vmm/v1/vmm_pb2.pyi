@@ -206,6 +206,26 @@ Global___Memslot: _TypeAlias = Memslot  # noqa: Y015
 class Vm(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ExtensionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
@@ -214,6 +234,7 @@ class Vm(_message.Message):
     GUEST_PID_FIELD_NUMBER: _builtins.int
     GUEST_ALIVE_FIELD_NUMBER: _builtins.int
     MMU_INVALIDATE_SEQ_FIELD_NUMBER: _builtins.int
+    EXTENSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """hosts/{host}/vms/{vm}"""
     type: Global___VmType.ValueType
@@ -226,6 +247,10 @@ class Vm(_message.Message):
     def memslots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memslot]: ...
     @_builtins.property
     def vcpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def extensions(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """KVM_CHECK_EXTENSION on the VM: numbers whose value depends on its type and lineage."""
+
     def __init__(
         self,
         *,
@@ -237,10 +262,11 @@ class Vm(_message.Message):
         guest_pid: _builtins.int = ...,
         guest_alive: _builtins.bool = ...,
         mmu_invalidate_seq: _builtins.int = ...,
+        extensions: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_alive", b"guest_alive", "guest_pid", b"guest_pid", "lineage", b"lineage", "memslots", b"memslots", "mmu_invalidate_seq", b"mmu_invalidate_seq", "name", b"name", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extensions", b"extensions", "guest_alive", b"guest_alive", "guest_pid", b"guest_pid", "lineage", b"lineage", "memslots", b"memslots", "mmu_invalidate_seq", b"mmu_invalidate_seq", "name", b"name", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -191,6 +191,7 @@ class VmmServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
+        | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
         | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
         | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |

@@ -77,6 +77,7 @@ class VmmServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
+    | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
     | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
     | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
@@ -281,6 +282,7 @@ class VmmServiceAsyncStub(VmmServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
+    | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
     | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
     | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
@@ -518,6 +520,7 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
+        | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
         | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
         | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |

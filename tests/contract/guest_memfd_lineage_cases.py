@@ -1,0 +1,99 @@
+"""What guest_memfd refuses because of an inode's lineage; see guest_memfd_cases."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gmem.api.types.v1.types_pb2 import MemPolicy
+from gmem.uapi.errors import Reason
+from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
+from tests.contract.guest_memfd_cases import Case, cases, ranges, unknown
+from tests.contract.guest_memfd_scene import Body
+
+R = Reason
+_BIND: Final = MemPolicy.MODE_BIND
+_MAINLINE: Final[Body] = {"lineage": "MAINLINE"}
+
+
+def on(name: str, *bodies: Body) -> list[Body]:
+    """Return requests for one inode of the scene."""
+    return [{"name": name, **body} for body in bodies]
+
+
+def policies(*values: Body) -> list[Body]:
+    """Return a request for each memory policy."""
+    return [{"mempolicy": value} for value in values]
+
+
+MEMPOLICIES: Final = [
+    *[
+        case
+        for rpc in ("SetMempolicy", "GetMempolicy")
+        for case in (
+            *unknown(rpc),
+            *ranges(rpc),
+            *cases(
+                *(rpc, R.OPERATION_UNSUPPORTED, "EOPNOTSUPP"),
+                on("@shared", {}) + on("@second", {}),
+                "RFC_V[12]",
+                "one memory policy",
+            ),
+        )
+    ],
+    *cases(
+        *("SetMempolicy", R.MEMPOLICY_INVALID, "EINVAL"),
+        policies({"mode": 999}, {"mode": -1}),
+        "999|-1",
+    ),
+    *cases(
+        *("SetMempolicy", R.MEMPOLICY_INVALID, "EINVAL"),
+        policies({"mode": _BIND}, {"mode": MemPolicy.MODE_INTERLEAVE}),
+        "without nodes",
+    ),
+    *cases(
+        *("SetMempolicy", R.MEMPOLICY_INVALID, "EINVAL"),
+        policies({"mode": MemPolicy.MODE_DEFAULT, "nodes": [0]}),
+        "default policy has no nodes",
+    ),
+    *cases(
+        *("SetMempolicy", R.NODE_UNKNOWN, "EINVAL"),
+        policies({"mode": _BIND, "nodes": [0, 1]}, {"mode": _BIND, "nodes": [1 << 31]}),
+        "node \\d+ does not exist",
+    ),
+]
+
+FLAGS: Final = [
+    *cases(
+        *("CreateGuestMemfd", R.FLAG_UNKNOWN, "EINVAL"),
+        [
+            {"mmap": True},
+            {"init_shared": True},
+            _MAINLINE | {"support_shared": True},
+            _MAINLINE | {"init_private": True},
+            {"lineage": "RFC_V2", "mmap": True},
+        ],
+        "does not know",
+        "clear it",
+    ),
+    *cases(
+        *("CreateGuestMemfd", R.PAGE_SIZE_UNKNOWN, "EINVAL"),
+        [_MAINLINE | {"size": SIZE_2M, "page_size": SIZE_2M}],
+        "MAINLINE has pages of 4K only",
+    ),
+]
+
+CONVERSION: Final = cases(
+    *("ConvertRange", R.IOCTL_UNKNOWN, "ENOTTY"),
+    on(
+        "@mainline",
+        {},
+        {"to_shared": True},
+        {"validate_only": True},
+        {"wait_ms": 100},
+        {"size": 4 * PAGE_SIZE},
+    ),
+    "not converted in place",
+    "KVM_SET_MEMORY_ATTRIBUTES",
+)
+
+CASES: Final[list[Case]] = [*MEMPOLICIES, *FLAGS, *CONVERSION]
