@@ -128,7 +128,7 @@ def test_no_store_is_lost_under_constant_revocation(world: World) -> None:
 def test_invalidations_of_dirty_ranges_do_not_starve_the_dispatchers(
     make_world: MakeWorld,
 ) -> None:
-    world = make_world(dispatchers=3, helpers=2)
+    world = make_world(dispatchers=3)
     path = world.add(size=512 * PAGE)
     client = world.client(path, length=512 * PAGE)
     ranges = [[start, start + 16] for start in range(0, 512, 16)]
@@ -333,7 +333,7 @@ def test_open_files_are_counted_until_the_last_mapping_goes(world: World) -> Non
     one, two = world.client(path), world.client(path)
     assert world.server.ask("counts") == {"1.HOST": 2}
     one.ask("fill", args=[0, 64 * PAGE, "x"])
-    # The helper opens the view for itself to write back in bulk: not counted.
+    # The session opens the view for itself to write back in bulk: not counted.
     revoke(world, 0, 64)
     assert world.server.ask("counts") == {"1.HOST": 2}
     one.end()

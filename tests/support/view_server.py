@@ -200,9 +200,6 @@ class Control:
     def statistics(self) -> dict[str, int]:
         return dataclasses.asdict(self.session.statistics())
 
-    def helper_pid(self) -> int:
-        return self.session.helper_pid
-
     def threads(self) -> list[str]:
         return sorted(thread.name for thread in threading.enumerate())
 

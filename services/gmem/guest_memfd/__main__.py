@@ -27,7 +27,7 @@ from gmem.guest_memfd.wait_ports import WaitPorts
 from gmem.runtime import log
 from gmem.runtime.broker import Broker
 from gmem.runtime.config import ServiceConfig
-from gmem.runtime.drive import Performer
+from gmem.runtime.drive import Performer, wake_up_fd
 from gmem.runtime.log import logger
 from gmem.runtime.server import Runtime, open_journal, run_service
 from gmem.uapi.errors import TransportError
@@ -57,7 +57,8 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
     broker = Broker(config.run_dir / BROKER_NAME)
     journal = runtime.use(open_journal(config))
     service = GuestMemfdService(config.host, broker, runtime.events, journal)
-    session = ViewSession(kept.fuse_fd, kept.mount_fd, store, service)
+    fds = kept.fuse_fd, kept.mount_fd
+    session = ViewSession(*fds, store, service, wakers=[wake_up_fd()])
     service.kept = kept
     allocator = _allocator(runtime)
     performer = Performer()
@@ -74,7 +75,6 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
         file_of=service.names.of,
     )
     memory.register(performer)
-    service.workers = memory.workers
     waits = WaitPorts(service.parked_clients, service.lease_expired)
     waits.register(performer)
     runtime.before_stop(waits.stop)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import stat
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 # Looking into page tables waits for the other process's mmap_lock; see mappings.py.
 SCAN_SECONDS_MAX = 2.0
-# Revocations and scans at once; each may sleep in the kernel.
+# Looks into page tables, and reads of a client's descriptor, at once.
 WORKERS = 8
 
 
@@ -81,7 +81,7 @@ class MemoryPorts:
         self._st_dev = st_dev
         self._file_of = file_of
         self._tables: dict[int, InodeTable] = {}
-        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="revoke")
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="look")
 
     def register(self, performer: Performer) -> None:
         """Enter every effect of this file in the table of who answers what."""
@@ -94,16 +94,19 @@ class MemoryPorts:
         performer.register_local(fx.IsUptodate, self._is_uptodate)
         performer.register_local(fx.Prepare, self._prepare)
         performer.register_local(fx.ZeroPages, self._zero)
-        blocking = partial(performer.register_blocking, workers=self.workers)
+        blocking = partial(performer.register_blocking, workers=self._revokers)
         blocking(fx.InvalidateView, self._invalidate_view)
         blocking(fx.QuiesceView, self._quiesce_view)
         performer.register_remote(fx.RemoveInode, self._remove_inode)
         performer.register_remote(fx.FindMappings, self._find_mappings)
         performer.register_remote(fx.ReadDescriptor, self._read_descriptor)
 
+    def _revokers(self) -> Executor:
+        return self._session.revokers
+
     def close(self) -> None:
         """Let worker threads end; those asleep in the kernel are not waited for."""
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def adopt(self, table: InodeTable, *, host_mmap: bool) -> None:
         """Serve the views of an inode whose page states are there already."""
@@ -265,7 +268,7 @@ class MemoryPorts:
         self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.workers, lambda: work(*args, **kwargs))
+        return await loop.run_in_executor(self._workers, lambda: work(*args, **kwargs))
 
 
 def _pfn(table: InodeTable, pgoff: int) -> int:

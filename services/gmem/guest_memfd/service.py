@@ -14,7 +14,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,13 +53,12 @@ log = structlog.get_logger(__name__)
 class GuestMemfdService:
     """One host's inodes, and every way in; implements the view session's callbacks.
 
-    `runner`, `session`, `workers` and `kept` are given after construction, because each
+    `runner`, `session` and `kept` are given after construction, because each
     needs the other.
     """
 
     runner: Runner
     session: ViewSession
-    workers: Executor
     kept: Handover
 
     def __init__(
@@ -81,8 +80,9 @@ class GuestMemfdService:
         return await self.runner.run(op, self.mutex)
 
     async def run_in_worker(self, op: Op[T]) -> T:
-        """As `run`, for what revokes many ranges: one worker thread does them all."""
-        return await self.runner.run_in_worker(op, self.mutex, self.workers)
+        """As `run`, for what revokes: one thread that may sleep does all of it."""
+        workers = self.session.revokers
+        return await self.runner.run_in_worker(op, self.mutex, workers)
 
     def record(self, kind: str, inode: int, **details: object) -> None:
         """Tell the watchers of a change of one inode."""
@@ -91,7 +91,7 @@ class GuestMemfdService:
     @property
     def left_out(self) -> frozenset[int]:
         """The processes whose page tables are no host mappings: stage 2, and ours."""
-        return frozenset({os.getpid(), self.session.helper_pid, *self._guest_pids})
+        return frozenset({os.getpid(), *self._guest_pids})
 
     def inode_of_view(self, st_dev: int, st_ino: int) -> int | None:
         """Return the inode whose host view fstat shows so; None for other files."""

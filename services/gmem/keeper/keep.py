@@ -288,11 +288,7 @@ class Keeper:
         if self._standing_in or not self._served_since:
             return
         assert self._stand_in is not None
-        try:
-            self._stand_in.begin(self._service_pid)
-        except OSError as error:
-            self._give_up(f"the connection does not answer: {error}")
-            return
+        self._stand_in.begin(self._service_pid)
         self._standing_in = True
         self._watch(self._stand_in.fd, self._stand_in.answer_waiting)
 
@@ -339,6 +335,8 @@ class Keeper:
             log("start_failed", pid=self._starting, why="it ended before it took over")
             self._starting = 0
             self._plan_restart()
+        if self._standing_in and self._stand_in is not None:
+            self._stand_in.look()
         if self._stand_in is not None and self._stand_in.dead:
             self._give_up("the fuse connection was ended")
         elif self._start_at is not None and now >= self._start_at:

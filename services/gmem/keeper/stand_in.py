@@ -64,6 +64,7 @@ class StandIn:
         self.counts: Counter[str] = Counter()
         self.dead = False
         self._dead_pid = 0
+        self._readers_left = False
         self._handlers: dict[int, Callable[[int, memoryview], Reply | None]] = {
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
@@ -93,14 +94,34 @@ class StandIn:
             os.close(access.table.fd)
 
     def begin(self, dead_pid: int) -> None:
-        """Have what the dead service had read come again; its readers have ended.
+        """Have what the dead service had read come again.
 
         A thread of `dead_pid` that sleeps in a call on one of its own views is let go:
         until then the process keeps its locks, its ports and its descriptors.
         """
         self.counts.clear()
         self._dead_pid = dead_pid
-        os.write(self.fd, wire.pack_resend())
+        self._readers_left = True
+        self.look()
+
+    def look(self) -> None:
+        """Have requests come again once the last reader of the dead service has ended.
+
+        Its readers have descriptors of their own, and may end a moment after its
+        control connection: one of them may have taken a request along.
+        """
+        if self._readers_left:
+            self._readers_left = _any_runs(self._dead_pid)
+            if not self._readers_left:
+                self._resend()
+
+    def _resend(self) -> None:
+        try:
+            os.write(self.fd, wire.pack_resend())
+        except OSError as error:
+            self.dead = error.errno == errno.ENODEV
+            if not self.dead:
+                raise
 
     def answer_waiting(self) -> None:
         """Answer what waits; at most a batch, so that other things are looked at."""
@@ -175,3 +196,21 @@ class StandIn:
         if outcome.error:
             return outcome.error, ()
         return 0, (wire.WRITE_OUT.pack(outcome.stored, 0),)
+
+
+def _any_runs(pid: int) -> bool:
+    """Tell whether a killed process has a thread that still runs, or may.
+
+    What sleeps beyond the reach of signals (D) is no reader, and reads no more when it
+    wakes. 0 is a process of another pid namespace: nobody to look at.
+    """
+    if pid == 0:
+        return False
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            state = task.read_bytes().rpartition(b") ")[2][:1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state not in b"DZX":
+            return True
+    return False

@@ -49,6 +49,16 @@ async def drive(op: Op[T], perform: Callable[[Effect[Any]], Awaitable[Any]]) -> 
     return stepper.value
 
 
+def wake_up_fd() -> int:
+    """Return the descriptor by which other threads wake the running loop.
+
+    A thread that closes all others has to keep it: what it hands over would be lost.
+    """
+    loop: Any = asyncio.get_running_loop()
+    # There is no public name for it.
+    return int(loop._csock.fileno())  # noqa: SLF001
+
+
 class Performer:
     """Who answers which effect: a table by the type of the effect."""
 
@@ -74,17 +84,17 @@ class Performer:
         self,
         kind: type[E],
         handler: Callable[[E], object],
-        workers: Executor | None = None,
+        workers: Callable[[], Executor | None] = lambda: None,
     ) -> None:
         """Answer `kind` in a thread that may sleep in the kernel.
 
-        That is the one that has the operation, or one of `workers` where the loop has
+        That is the one that has the operation, or one of `workers()` where the loop has
         it (None: the loop's own).
         """
 
         async def in_a_thread(effect: E) -> object:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(workers, handler, effect)
+            return await loop.run_in_executor(workers(), handler, effect)
 
         self.register_remote(kind, in_a_thread)
         self._blocking[kind] = handler

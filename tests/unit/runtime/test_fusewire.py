@@ -5,7 +5,6 @@ import struct
 import pytest
 
 from gmem.guest_memfd.core.values import ViewKind
-from gmem.guest_memfd.view import helper
 from gmem.runtime import fusewire as wire
 from gmem.runtime.fusewire import InitFlag
 
@@ -76,11 +75,3 @@ def test_directory_entries_are_aligned_and_bounded() -> None:
     assert wire.pack_dirents(names, 0, 70).count(b"inode-") == 2
     assert wire.pack_dirents(names, 2, 4096).count(b"inode-") == 1
     assert wire.pack_dirents(names, 3, 4096) == b""
-
-
-def test_the_helper_writes_the_same_notification() -> None:
-    # It imports nothing of the project, so it has the layout a second time.
-    packed = helper.INVAL_INODE.pack(
-        helper.INVAL_INODE.size, helper.NOTIFY_INVAL_INODE, 0, 10, 4096, 8192
-    )
-    assert packed == wire.pack_inval(10, 4096, 8192)

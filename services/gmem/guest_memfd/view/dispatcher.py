@@ -16,6 +16,7 @@ from gmem.guest_memfd.view.counters import Counters
 from gmem.guest_memfd.view.faults import Faults
 from gmem.guest_memfd.view.files import Files
 from gmem.guest_memfd.view.node import ViewNode
+from gmem.guest_memfd.view.revokers import keep_only
 from gmem.runtime import fusewire as wire
 from gmem.runtime.fusewire import BODY, Opcode
 
@@ -183,7 +184,8 @@ class Dispatcher(threading.Thread):
 
     `finished` is called after each request with the pid of its caller; True means
     that this thread has read its last one. It is asked before the reply is written:
-    see `ViewSession.stop`.
+    see `ViewSession.stop`. Of all descriptors it keeps `keep` alone, so that it may
+    revoke what an ioctl asks for by itself.
     """
 
     def __init__(
@@ -193,15 +195,19 @@ class Dispatcher(threading.Thread):
         dispatch: Dispatch,
         counters: Counters,
         finished: Callable[[int], bool],
+        *,
+        keep: frozenset[int],
     ) -> None:
         super().__init__(name=f"view-dispatcher-{number}", daemon=True)
         self._channel = channel
         self._dispatch = dispatch
         self._counters = counters
         self._finished = finished
+        self._keep = keep
 
     def run(self) -> None:
-        """Read and answer."""
+        """Read and answer; with a table of descriptors that may stay open."""
+        keep_only(self._keep)
         buffer = self._channel.buffer()
         while length := self._channel.receive(buffer):
             _len, opcode, unique, nodeid, _uid, _gid, pid, _ext, _pad = (

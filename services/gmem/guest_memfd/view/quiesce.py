@@ -19,14 +19,14 @@ step 3 no QUIESCED page is cached. Each round is smaller than the one before it.
 
 from __future__ import annotations
 
-import time
+import threading
 from dataclasses import dataclass
 from typing import Final
 
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.guest_memfd.view.counters import Counters
 from gmem.guest_memfd.view.faults import Faults
-from gmem.guest_memfd.view.invalidator import SYNC_PAGES_MIN, Invalidator, Ticket
+from gmem.guest_memfd.view.invalidator import Invalidator
 from gmem.guest_memfd.view.node import ViewNode, Watch
 from gmem.runtime.fusewire import nodeid_of
 from gmem.uapi.errors import Contended, KernelError, Reason
@@ -48,12 +48,16 @@ class Revoker:
     invalidator: Invalidator
     counters: Counters
 
-    def invalidate(
-        self, node: ViewNode, view: ViewKind, runs: Runs, *, sync: bool
-    ) -> None:
+    def invalidate(self, node: ViewNode, view: ViewKind, runs: Runs) -> None:
         """Drop runs of pages from every mapping; dirty bytes are stored first."""
-        if not self._invalidate_one(node, view, runs, sync=sync):
-            self.invalidator.finish(self._submit(node, view, runs, sync=sync))
+        self.counters.add("invals", len(runs))
+        self.invalidator.invalidate(
+            nodeid_of(node.ino, view),
+            [
+                (start << PAGE_SHIFT, (stop - start) << PAGE_SHIFT)
+                for start, stop in runs
+            ],
+        )
 
     def revocable(self, node: ViewNode, view: ViewKind, start: int, stop: int) -> Runs:
         """Return the runs of `[start, stop)` that may be cached: no READ is parked.
@@ -69,9 +73,7 @@ class Revoker:
                 runs += table.attached_in(*run)
         return runs
 
-    def quiesce(
-        self, node: ViewNode, view: ViewKind, start: int, stop: int, *, sync: bool
-    ) -> Runs:
+    def quiesce(self, node: ViewNode, view: ViewKind, start: int, stop: int) -> Runs:
         """Make the OPEN pages of a range QUIESCED; return their runs.
 
         On return none of them is cached. Raises Contended after ROUNDS_MAX rounds and
@@ -86,7 +88,7 @@ class Revoker:
             for number in range(ROUNDS_MAX):
                 if not pending:
                     return opened
-                pending = self._round(node, view, pending, hold=number > 0, sync=sync)
+                pending = self._round(node, view, pending, hold=number > 0)
         except KernelError:
             self._reopen(node, view, opened)
             raise
@@ -99,42 +101,28 @@ class Revoker:
         )
 
     def _round(
-        self, node: ViewNode, view: ViewKind, pending: Runs, *, hold: bool, sync: bool
+        self, node: ViewNode, view: ViewKind, pending: Runs, *, hold: bool
     ) -> Runs:
         self.counters.add("quiesce_rounds")
         watch = Watch(view, pending[0][0], pending[-1][1], hold=hold)
         with node.lock:
             node.watches.append(watch)
+        releasing = threading.Timer(HOLD_SECONDS, self._release, (node, watch))
+        if hold:
+            releasing.start()
         try:
-            if hold or not self._invalidate_one(node, view, pending, sync=sync):
-                tickets = self._submit(node, view, pending, sync=sync and not hold)
-                if hold and not _all_done(tickets, HOLD_SECONDS):
-                    self._release(node, watch)
-                self.invalidator.finish(tickets)
+            self.invalidate(node, view, pending)
         except KernelError:
             with node.lock:
                 node.watches.remove(watch)
             raise
+        finally:
+            releasing.cancel()
         with node.lock:
             node.watches.remove(watch)
             again = _runs_of_pages(watch.answered, pending)
             _quiesce_all_but(node, view, pending, again)
         return again
-
-    def _invalidate_one(
-        self, node: ViewNode, view: ViewKind, runs: Runs, *, sync: bool
-    ) -> bool:
-        """Invalidate a single run by the shortest way; False where it is not that."""
-        if sync or len(runs) != 1:
-            return False
-        ((start, stop),) = runs
-        self.counters.add("invals")
-        self.invalidator.invalidate(
-            nodeid_of(node.ino, view),
-            start << PAGE_SHIFT,
-            (stop - start) << PAGE_SHIFT,
-        )
-        return True
 
     def _release(self, node: ViewNode, watch: Watch) -> None:
         """Answer the READs that a watch holds: an invalidation waits for one."""
@@ -147,19 +135,6 @@ class Revoker:
         for start, stop in runs:
             self.faults.set_state(node, view, start, stop, PageState.OPEN)
 
-    def _submit(
-        self, node: ViewNode, view: ViewKind, runs: Runs, *, sync: bool
-    ) -> list[Ticket]:
-        nodeid = nodeid_of(node.ino, view)
-        tickets = []
-        for start, stop in runs:
-            bulk = sync and stop - start >= SYNC_PAGES_MIN
-            self.counters.add("invals")
-            self.counters.add("syncs", bulk)
-            offset, length = start << PAGE_SHIFT, (stop - start) << PAGE_SHIFT
-            tickets.append(self.invalidator.submit(nodeid, offset, length, sync=bulk))
-        return tickets
-
 
 def _quiesce_all_but(
     node: ViewNode, view: ViewKind, runs: Runs, still_open: Runs
@@ -168,11 +143,6 @@ def _quiesce_all_but(
         node.table.set_state(view, start, stop, PageState.QUIESCED)
     for start, stop in still_open:
         node.table.set_state(view, start, stop, PageState.OPEN)
-
-
-def _all_done(tickets: list[Ticket], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    return all(ticket.wait(max(0.0, deadline - time.monotonic())) for ticket in tickets)
 
 
 def _runs_of_pages(pages: set[int], inside: Runs) -> Runs:

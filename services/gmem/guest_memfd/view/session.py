@@ -4,7 +4,10 @@ Threads, all of them daemons that hold no lock while they sleep:
 
     dispatchers   read requests; answer from the store or park (N >= 3)
     scanner       looks at what is parked each 20 ms
-    helper        another process, N-1 threads: writes INVAL_INODE
+    revokers      write INVAL_INODE, N-1 of them at once
+
+Dispatchers may revoke as well, all but one at once: both kinds own no descriptor whose
+closing anybody waits for (`gmem.guest_memfd.view.revokers`).
 
 The session owns neither descriptor: whoever made the connection closes them. It must
 live in a process that maps no view (design rule V1).
@@ -14,8 +17,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import structlog
 
@@ -32,12 +36,18 @@ from gmem.guest_memfd.view.files import Files, open_by_name, open_by_secret
 from gmem.guest_memfd.view.invalidator import SYNC_PAGES_MIN, Invalidator
 from gmem.guest_memfd.view.node import ViewNode
 from gmem.guest_memfd.view.quiesce import Revoker, Runs
+from gmem.guest_memfd.view.revokers import Revokers
 from gmem.runtime.fusewire import nodeid_of
 from gmem.uapi.errors import BadRequest, InUse, NoSuchObject, Reason
+from gmem.uapi.pages import PAGE_SHIFT
 
 log = structlog.get_logger(__name__)
 
-DISPATCHERS_MIN = 3
+DISPATCHERS_MIN: Final = 3
+REVOKERS: Final = 8
+"""Threads that revoke, or wait until they may."""
+END_SECONDS_MAX: Final = 5.0
+"""How long an orderly end waits for each of them; dispatchers still answer."""
 
 
 class ViewSession:
@@ -45,10 +55,11 @@ class ViewSession:
 
     `fuse_fd` is the connection, `mount_fd` an O_PATH descriptor of the mount's root,
     `fault_wait_max` the seconds a READ may be parked. Threads start with `start()`;
-    `st_dev` is the device number of all views from then on.
+    `st_dev` is the device number of all views from then on. `wakers` are descriptors
+    by which threads of the session wake others of this process.
 
     From the event loop's thread only `add_inode`, `set_state` and `statistics` may be
-    called; the others block and belong in worker threads.
+    called; the others block. What revokes runs in `revokers`, whoever calls it.
     """
 
     def __init__(
@@ -59,20 +70,19 @@ class ViewSession:
         callbacks: ViewCallbacks,
         *,
         dispatchers: int = 4,
-        helpers: int | None = None,
         fault_wait_max: float = FAULT_WAIT_MAX,
+        wakers: Iterable[int] = (),
     ) -> None:
-        helpers = dispatchers - 1 if helpers is None else helpers
-        if dispatchers < DISPATCHERS_MIN or not 0 < helpers < dispatchers:
+        if dispatchers < DISPATCHERS_MIN:
             raise BadRequest(
                 Reason.ARGUMENT_INVALID,
-                f"{dispatchers} dispatchers with {helpers} helpers can deadlock: take "
-                f"at least {DISPATCHERS_MIN}, and fewer helpers than dispatchers",
+                f"{dispatchers} dispatchers can deadlock: take at least "
+                f"{DISPATCHERS_MIN}",
             )
         self._mount_fd = mount_fd
         self._store = store
         self._nodes: dict[int, ViewNode] = {}
-        self._helpers = helpers
+        self._kept = frozenset({fuse_fd, mount_fd, store.fd, *wakers})
         self._counters = Counters()
         self._channel = Channel(fuse_fd)
         self._faults = Faults(
@@ -83,16 +93,11 @@ class ViewSession:
             self._channel, callbacks, self._counters, self._faults.something_parked
         )
         self._dispatch = Dispatch(self._nodes, self._faults, self._files, self._calls)
-        self._dispatchers = [
-            Dispatcher(
-                number, self._channel, self._dispatch, self._counters, self._finished
-            )
-            for number in range(dispatchers)
-        ]
+        self._dispatchers = [self._dispatcher(number) for number in range(dispatchers)]
         self._scanner = Scanner(self._scan, self._faults.something_parked)
-        self._revoker: Revoker | None = None
-        self._helper_views: set[int] = set()
-        self._helper_views_lock = threading.Lock()
+        self._invalidator = Invalidator(fuse_fd, dispatchers - 1)
+        self._revoker = Revoker(self._faults, self._invalidator, self._counters)
+        self.revokers: Revokers
         self._ending = threading.Lock()
         self._alive = dispatchers
         self._waker_tid = 0
@@ -100,7 +105,7 @@ class ViewSession:
         self.st_dev = 0
 
     def start(self, *, resend: bool = False) -> Self:
-        """Start helper, dispatchers and scanner; wait for the first answer of ours.
+        """Start all threads; wait for the first answer of ours.
 
         With `resend` the kernel first queues again what a predecessor had read and did
         not answer: nobody else reads requests now. Raises InUse when the connection
@@ -108,8 +113,7 @@ class ViewSession:
         """
         if resend:
             self._channel.resend()
-        invalidator = Invalidator(self._channel.fd, self._helpers)
-        self._revoker = Revoker(self._faults, invalidator, self._counters)
+        self.revokers = Revokers(REVOKERS, self._kept)
         for dispatcher in self._dispatchers:
             dispatcher.start()
         self._scanner.start()
@@ -128,11 +132,6 @@ class ViewSession:
         """False once the kernel has ended the connection: all views fail closed."""
         return not self._channel.dead
 
-    @property
-    def helper_pid(self) -> int:
-        """The process that writes invalidations."""
-        return self._started().invalidator.pid
-
     def add_inode(self, table: InodeTable, *, host_mmap: bool = True) -> None:
         """Serve the views of an inode that is not served yet.
 
@@ -150,12 +149,6 @@ class ViewSession:
         node = self._node(ino)
         del self._nodes[ino]
         self._faults.refuse_all(node)
-        for view in ViewKind:
-            with self._helper_views_lock:
-                known = nodeid_of(ino, view) in self._helper_views
-                self._helper_views.discard(nodeid_of(ino, view))
-            if known:
-                self._started().invalidator.drop_view(nodeid_of(ino, view))
 
     def set_state(
         self, ino: int, view: ViewKind, start: int, stop: int, state: PageState
@@ -174,10 +167,7 @@ class ViewSession:
         range can be faulted in again at once. InUse when the connection is gone.
         """
         node = self._node(ino)
-        revoker = self._started()
-        runs = revoker.revocable(node, view, start, stop)
-        sync = self._sync_pays(node, view, runs)
-        revoker.invalidate(node, view, runs, sync=sync)
+        self.revokers.run(self._invalidate, node, view, start, stop)
 
     def quiesce(self, ino: int, view: ViewKind, start: int, stop: int) -> Runs:
         """Have no page of a range cached and new READs wait; return what to reopen.
@@ -188,10 +178,7 @@ class ViewSession:
         InUse when the connection is gone.
         """
         node = self._node(ino)
-        revoker = self._started()
-        runs = revoker.revocable(node, view, start, stop)
-        sync = self._sync_pays(node, view, runs)
-        return revoker.quiesce(node, view, start, stop, sync=sync)
+        return self.revokers.run(self._quiesce, node, view, start, stop)
 
     def open_view(self, ino: int, view: ViewKind) -> int:
         """Open a view and return its descriptor (O_RDWR, close-on-exec); blocks.
@@ -226,7 +213,7 @@ class ViewSession:
         )
 
     def stop(self) -> None:
-        """End all threads and the helper; what is parked is EIO. Blocks, bounded.
+        """End all threads; what is parked is EIO. Blocks, bounded.
 
         Requests that come later wait in the connection: abort it, or let a successor
         answer them.
@@ -239,7 +226,7 @@ class ViewSession:
             self._faults.refuse_all(node)
         self._calls.refuse_all()
         # While dispatchers still answer: an invalidation under way needs them.
-        self._started().invalidator.stop()
+        self.revokers.stop(END_SECONDS_MAX)
         self._wake_dispatchers()
         self._scanner.stop()
 
@@ -254,10 +241,6 @@ class ViewSession:
     ) -> None:
         self.stop()
 
-    def _started(self) -> Revoker:
-        assert self._revoker is not None, "start() was not called"
-        return self._revoker
-
     def _node(self, ino: int) -> ViewNode:
         node = self._nodes.get(ino)
         if node is None:
@@ -266,23 +249,40 @@ class ViewSession:
             )
         return node
 
+    def _dispatcher(self, number: int) -> Dispatcher:
+        parts = self._channel, self._dispatch, self._counters, self._finished
+        return Dispatcher(number, *parts, keep=self._kept)
+
     def _scan(self) -> int:
         return self._faults.scan(list(self._nodes.values())) + self._calls.scan()
 
-    def _sync_pays(self, node: ViewNode, view: ViewKind, runs: Runs) -> bool:
-        """Tell whether to write back in bulk first; the helper has the view then."""
-        large = any(stop - start >= SYNC_PAGES_MIN for start, stop in runs)
+    def _invalidate(
+        self, node: ViewNode, view: ViewKind, start: int, stop: int
+    ) -> None:
+        runs = self._revoker.revocable(node, view, start, stop)
+        self._write_back(node, view, runs)
+        self._revoker.invalidate(node, view, runs)
+
+    def _quiesce(self, node: ViewNode, view: ViewKind, start: int, stop: int) -> Runs:
+        self._write_back(node, view, self._revoker.revocable(node, view, start, stop))
+        return self._revoker.quiesce(node, view, start, stop)
+
+    def _write_back(self, node: ViewNode, view: ViewKind, runs: Runs) -> None:
+        """Have what is dirty in large runs come back in large pieces."""
+        large = [run for run in runs if run[1] - run[0] >= SYNC_PAGES_MIN]
         if not large or node.table.opens(view) == 0:
-            return False
+            return
         # It takes its time: whose system call this is may be killed meanwhile.
         self._faults.something_parked.set()
         nodeid = nodeid_of(node.ino, view)
-        with self._helper_views_lock:
-            if nodeid not in self._helper_views:
-                fd = open_by_secret(self._mount_fd, self._files, nodeid, internal=True)
-                self._started().invalidator.add_view(nodeid, fd)
-                self._helper_views.add(nodeid)
-        return True
+        fd = open_by_secret(self._mount_fd, self._files, nodeid, internal=True)
+        try:
+            for start, stop in large:
+                self._counters.add("syncs")
+                offset, length = start << PAGE_SHIFT, (stop - start) << PAGE_SHIFT
+                self._invalidator.write_back(fd, offset, length)
+        finally:
+            os.close(fd)
 
     def _wake_dispatchers(self) -> None:
         """End the dispatchers, which sleep in read(2), by asking them something.
