@@ -101,9 +101,12 @@ async def test_a_host_that_lost_a_service_comes_up_again_clean(own_host: Host) -
         client = await inode.mapped_by()
         await client.asked("raw_store", 0, 1)
     # A parked fault, a mapping and dirty pages, and then everything dies at once.
-    for service in ("host_allocator", "keeper", "guest_memfd"):
+    services = ("host_allocator", "keeper", "guest_memfd")
+    for service in services:
         own_host.kill(service)
     await asyncio.to_thread(client.kill)
+    for service in services:
+        await asyncio.to_thread(own_host.exit_status, service)
     restarted = await asyncio.to_thread(own_host.restart)
     async with restarted.clients() as (allocator, gmem):
         assert await gmem.list_guest_memfds() == []
