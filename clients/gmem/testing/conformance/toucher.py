@@ -77,6 +77,10 @@ class Toucher:
         """Pass a descriptor by SCM_RIGHTS; return its number there."""
         return int(self.ask("take", fds=[file.fileno()]))
 
+    def drop(self, number: int) -> None:
+        """Have it close a descriptor; its mappings stay."""
+        self.ask("drop", number)
+
     def map(
         self,
         length: int,
