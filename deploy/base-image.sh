@@ -10,8 +10,14 @@
 set -euo pipefail
 
 SUITE=${DEBIAN_SUITE:-bookworm}
-MIRROR=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
-SECURITY=${DEBIAN_SECURITY_MIRROR:-http://deb.debian.org/debian-security}
+# Without a mirror of one's own mmdebstrap takes Debian's, updates and security included.
+MIRRORS=()
+if [ -n "${DEBIAN_MIRROR:-}" ]; then
+    MIRRORS+=("deb $DEBIAN_MIRROR $SUITE main")
+fi
+if [ -n "${DEBIAN_SECURITY_MIRROR:-}" ]; then
+    MIRRORS+=("deb $DEBIAN_SECURITY_MIRROR $SUITE-security main")
+fi
 # No shell utilities: the image runs Python and nothing else. python3-venv brings the
 # wheel of pip; dash is for people who look inside.
 PACKAGES=base-files,dash,libstdc++6,media-types,python3,python3-venv,tzdata
@@ -43,7 +49,7 @@ mmdebstrap --quiet --variant=extract --mode=auto --include="$PACKAGES" \
     --customize-hook='printf "root:x:0:\ngmem:x:10001:\n" > "$1/etc/group"' \
     --customize-hook='rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*' \
     --customize-hook='rm -rf "$1"/usr/share/doc "$1"/usr/share/man' \
-    "$SUITE" - "deb $MIRROR $SUITE main" "deb $SECURITY $SUITE-security main" |
+    "$SUITE" - "${MIRRORS[@]}" |
     docker import --change 'ENV LANG=C.UTF-8' --change 'CMD ["python3"]' - "$image" \
     > /dev/null
 echo "$image"
