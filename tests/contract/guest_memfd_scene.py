@@ -79,11 +79,18 @@ RIGHT: Final[dict[str, Body]] = {
     "OpenView": {"name": "@shared", "view": pb.VIEW_HOST},
     "KeepAlive": {"holds": []},
     "GetOperation": {"name": ""},
+    "ReadRange": {"name": "@shared", "offset": 0, "size": PAGE_SIZE},
+    "WriteRange": {
+        "name": "@shared",
+        "offset": 0,
+        "size": PAGE_SIZE,
+        "parts": [{"data": b"w" * PAGE_SIZE}],
+    },
     "ListOperations": {},
 }
 READERS: Final = (
     *("GetGuestMemfd", "ListGuestMemfds", "GetPfn"),
-    *("KeepAlive", "GetOperation", "ListOperations", "GetMempolicy"),
+    *("KeepAlive", "GetOperation", "ListOperations", "GetMempolicy", "ReadRange"),
 )
 MUTATIONS: Final = sorted(rpc for rpc in RIGHT if rpc not in READERS)
 
@@ -112,12 +119,28 @@ class Scene:
         if rpc == "ConvertRange" and "ranges" not in fields:
             part = {key: fields.pop(key) for key in ("name", "offset", "size")}
             fields["ranges"] = [part]
+        if rpc == "WriteRange":
+            return await self._write_range(fields, with_id=with_id)
         request = getattr(pb, f"{rpc}Request")(**fields)
         method = getattr(self.gmem._stub, rpc)
         connection = self.gmem.connection
+        if rpc == "ReadRange":
+            return [part async for part in connection.stream(method, request)]
         if with_id and rpc not in READERS and "request_id" not in fields:
             return await connection.mutate(method, request)
         return await connection.call(method, request)
+
+    async def _write_range(self, fields: Body, *, with_id: bool) -> Any:
+        """Send a header of `fields`, if there is any, and then their `parts`."""
+        messages = [pb.WriteRangeRequest(**part) for part in fields.pop("parts")]
+        if fields:
+            header = pb.WriteRangeHeader(**fields)
+            if with_id and not header.HasField("request_id"):
+                header.request_id.CopyFrom(self.gmem.new_request_id())
+            messages.insert(0, pb.WriteRangeRequest(header=header))
+        method = self.gmem._stub.WriteRange
+        stream = self.gmem.connection.mutate_by_stream
+        return await stream(method, lambda: messages, timeout=30)
 
     def _resolved(self, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("@"):

@@ -59,6 +59,7 @@ OTHER: dict[str, Body] = {
     "PinPages": {"holder": "another"},
     "UnpinPages": {"hold": 2},
     "OpenView": {"vm": VM},
+    "WriteRange": {"offset": 1},
 }
 
 

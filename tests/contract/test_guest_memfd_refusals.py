@@ -12,13 +12,9 @@ import pytest
 from gmem.client import HostAllocatorClient
 from gmem.runtime.config import HostShape
 from gmem.uapi.errors import ERROR_TABLE, Reason
-from tests.contract.guest_memfd_cases import (
-    CASES as COMMON_CASES,
-)
-from tests.contract.guest_memfd_cases import (
-    ELSEWHERE,
-    Case,
-)
+from tests.contract import guest_memfd_cases
+from tests.contract.guest_memfd_byte_cases import BYTE_CASES, BYTES_ELSEWHERE
+from tests.contract.guest_memfd_cases import Case
 from tests.contract.guest_memfd_lineage_cases import CASES as LINEAGE_CASES
 from tests.contract.guest_memfd_scene import (
     MUTATIONS,
@@ -34,7 +30,8 @@ from tests.tidy.test_error_tables import rpcs
 
 pytestmark = pytest.mark.fuse
 
-CASES = [*COMMON_CASES, *LINEAGE_CASES]
+CASES = [*guest_memfd_cases.CASES, *LINEAGE_CASES, *BYTE_CASES]
+ELSEWHERE = guest_memfd_cases.ELSEWHERE | BYTES_ELSEWHERE
 
 
 @pytest.fixture(scope="module")

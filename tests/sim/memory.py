@@ -93,6 +93,9 @@ class Memory:
         self.blocking: dict[type[Effect[Any]], Callable[[Any], object]] = {
             fx.InvalidateView: self._invalidate_view,
             fx.QuiesceView: self._quiesce_view,
+            fx.WriteBackView: lambda _effect: None,
+            fx.LoadBytes: self._load,
+            fx.StoreBytes: self._store,
             fx.RemoveInode: self._remove_inode,
             fx.FindMappings: self._find_mappings,
             fx.ReadDescriptor: self._read_descriptor,
@@ -254,6 +257,28 @@ class Memory:
         )
         states[pages.start : pages.stop] = quiet
         _drop(table.mapped[ViewKind.HOST], pages)
+
+    def _load(self, effect: fx.LoadBytes) -> bytes:
+        """Read pages as a mapping would; what they hold is checked, not returned."""
+        table = self.tables[effect.inode]
+        for pgoff in PgRange.around(effect.offset, effect.size):
+            frame = table.frame_of(pgoff)
+            assert frame is not None, (effect.inode, pgoff)
+            self._prepare(fx.Prepare(effect.inode, PgRange(pgoff, pgoff + 1)))
+            host = ViewKind.HOST
+            self._require_meant(self.tags.get(frame), effect.inode, pgoff, host)
+        return bytes(effect.size)
+
+    def _store(self, effect: fx.StoreBytes) -> None:
+        table = self.tables[effect.inode]
+        for pgoff in PgRange.around(effect.offset, len(effect.data)):
+            if any(page == pgoff for _who, page in table.mapped[ViewKind.HOST]):
+                self._world.broken(f"inode {effect.inode}: page {pgoff:#x} is mapped")
+            self._load(fx.LoadBytes(effect.inode, pgoff * PAGE_SIZE, PAGE_SIZE))
+            frame = table.frame_of(pgoff)
+            assert frame is not None, (effect.inode, pgoff)
+            now = self._world.now
+            self.tags[frame] = Tag(effect.inode, pgoff, ViewKind.HOST, now)
 
     def _remove_inode(self, effect: fx.RemoveInode) -> None:
         table = self.tables.pop(effect.inode)

@@ -86,6 +86,7 @@ class Workload(Machines):
             *[self.pin] * 2,
             self.unpin,
             self.populate,
+            self.remote,
             self.dontneed,
         ]
         if self.world.options.endings:
@@ -255,6 +256,26 @@ class Workload(Machines):
                 source_offset=0,
             ),
         )
+
+    def remote(self, machine: Machine) -> Op[None]:
+        """Read or write bytes as a client of another machine does."""
+        random = self.world.random
+        file = random.choice(machine.files)
+        pages = self._pick(PgRange(0, file.nr_pages))
+        size = min(pages.size, 4 * PAGE_SIZE)
+        target = ByteRange(file.number, pages.offset, size)
+        core = self.host.guest_memfd
+        if random.random() < 0.5:
+            yield from self.ask(
+                "guest_memfd", f"read {target}", lambda: core.read(target)
+            )
+        else:
+            data = bytes(size)
+            yield from self.ask(
+                "guest_memfd",
+                f"write {target}",
+                lambda: core.write(file.number, pages.offset, data),
+            )
 
     def convert(self, machine: Machine) -> Op[None]:
         """KVM_SET_MEMORY_ATTRIBUTES, after MADV_DONTNEED where the VMM is polite."""

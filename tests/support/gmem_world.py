@@ -46,6 +46,7 @@ from gmem.uapi.errors import (
 from gmem.uapi.flags import Faultability
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, SIZE_2M, Gfn, PgOff, PgRange
+from tests.support import gmem_bytes
 from tests.support.clock import Clock
 from tests.support.gmem_task import Task as Task  # noqa: PLC0414 - tests know it from here
 from tests.support.rows import apply
@@ -379,6 +380,18 @@ class GmemWorld:
         self._unmap(e.inode, e.pages)
 
     @_do.register
+    def _(self, e: fx.WriteBackView) -> None:
+        """Nothing is cached here: what a process stores is in the store."""
+
+    @_do.register
+    def _(self, e: fx.LoadBytes) -> bytes:
+        return gmem_bytes.load(self, e)
+
+    @_do.register
+    def _(self, e: fx.StoreBytes) -> None:
+        gmem_bytes.store(self, e)
+
+    @_do.register
     def _(self, e: fx.FindMappings) -> tuple[HostMapping, ...]:
         return tuple(self.mappings.get(e.inode, ()))
 
@@ -386,7 +399,7 @@ class GmemWorld:
     def _(self, e: fx.ReadDescriptor) -> None:
         value = self.descriptors[e.descriptor]
         for pgoff in e.pages:
-            self.store[self._frame(e.inode, pgoff)] = value
+            self.store[self.frame(e.inode, pgoff)] = value
 
     @_do.register
     def _(self, e: fx.AttachFolio) -> None:
@@ -431,7 +444,7 @@ class GmemWorld:
             if pfn is not None:
                 self.store[pfn] = 0
 
-    def _frame(self, number: int, pgoff: int) -> int:
+    def frame(self, number: int, pgoff: int) -> int:
         pfn = self.tables[number].pfn_of(pgoff)
         assert pfn is not None, (number, pgoff)
         return pfn

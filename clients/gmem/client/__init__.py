@@ -6,6 +6,7 @@ from gmem.client.connection import Patience
 from gmem.client.guest_memfd import GuestMemfdClient
 from gmem.client.host_allocator import HostAllocatorClient
 from gmem.client.hugetlb_file import HugetlbFile
+from gmem.client.remote_memory import RemoteMemory
 from gmem.client.vcpu_run import VcpuRun
 from gmem.client.vmm import VmmClient
 
@@ -14,6 +15,7 @@ __all__ = [
     "HostAllocatorClient",
     "HugetlbFile",
     "Patience",
+    "RemoteMemory",
     "VcpuRun",
     "VmmClient",
 ]

@@ -15,7 +15,8 @@ import itertools
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -25,6 +26,7 @@ from gmem.api.types.v1.types_pb2 import RequestId
 from gmem.runtime import status
 from gmem.runtime.interceptors import (
     EXPECT_INCARNATION_KEY,
+    GO_KEY,
     INCARNATION_KEY,
     JOURNAL_KEY,
 )
@@ -34,6 +36,8 @@ Req = TypeVar("Req")
 Resp = TypeVar("Resp")
 UnaryUnary: TypeAlias = grpc.aio.UnaryUnaryMultiCallable[Req, Resp]
 UnaryStream: TypeAlias = grpc.aio.UnaryStreamMultiCallable[Req, Resp]
+StreamUnary: TypeAlias = grpc.aio.StreamUnaryMultiCallable[Req, Resp]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 _UNKNOWN_OUTCOME = frozenset(
     {
@@ -42,6 +46,7 @@ _UNKNOWN_OUTCOME = frozenset(
         grpc.StatusCode.CANCELLED,
     }
 )
+_STATUS_LOST = "Internal error from Core"
 _DETAIL_CHARS_MAX = 200
 _SYSTEM_ERROR = re.compile(
     r"(?:Connection refused|No such file or directory|Connection reset by peer|"
@@ -69,6 +74,10 @@ class Patience:
             return timeout
         return self.timeout + wait_ms / 1000
 
+
+_Answered: TypeAlias = (
+    grpc.aio.UnaryUnaryCall[Any, Resp] | (grpc.aio.StreamUnaryCall[Any, Resp])
+)
 
 ONCE = Patience(attempts=1)
 """For calls that must not be repeated: they carry no request_id and count."""
@@ -152,12 +161,47 @@ class Connection:
         """
         patience = patience or self.patience
         seconds = timeout if timeout is not None else patience.timeout
+
+        def send(metadata: Metadata) -> Awaitable[Resp]:
+            return self._attempt(method(request, timeout=seconds, metadata=metadata))
+
+        return await self._repeated(send, patience, fenced=fenced)
+
+    async def mutate_by_stream(
+        self,
+        method: StreamUnary[Req, Resp],
+        requests: Callable[[], Iterable[Req]],
+        *,
+        timeout: float,
+    ) -> Resp:
+        """Call a method with a stream of requests, made anew for each attempt.
+
+        The first of them carries a request_id; `timeout` is that of one attempt.
+        """
+
+        async def send(metadata: Metadata) -> Resp:
+            call = method(timeout=timeout, metadata=metadata)
+            try:
+                await _write_all(call, requests())
+                return await self._attempt(call)
+            finally:
+                call.cancel()
+
+        return await self._repeated(send, self.patience, fenced=True)
+
+    async def _repeated(
+        self,
+        send: Callable[[Metadata], Awaitable[Resp]],
+        patience: Patience,
+        *,
+        fenced: bool,
+    ) -> Resp:
         started, pause = time.monotonic(), patience.first_pause
-        metadata: tuple[tuple[str, str], ...] = ()
+        metadata: Metadata = ()
         for attempt in itertools.count(1):
             before = self.peer_journal or self.peer_incarnation
             try:
-                return await self._attempt(method, request, seconds, metadata)
+                return await send(metadata)
             except grpc.aio.AioRpcError as error:
                 passed = time.monotonic() - started
                 last = attempt >= patience.attempts or passed > patience.total
@@ -182,9 +226,48 @@ class Connection:
         finally:
             call.cancel()
 
-    def translated(self, error: grpc.aio.AioRpcError) -> KernelError | TransportError:
+    async def stream_from(
+        self, method: UnaryStream[Req, Resp], request: Callable[[], Req | None]
+    ) -> AsyncGenerator[Resp]:
+        """As `stream`, begun again when the connection is lost, until it is None.
+
+        `request` says what is still to come. A response is waited for as long as for
+        that of any call; attempts count from the last response on.
+        """
+        attempt, pause = 0, self.patience.first_pause
+        while (asked := request()) is not None:
+            try:
+                async with aclosing(self._timed(method(asked))) as responses:
+                    async for response in responses:
+                        attempt, pause = 0, self.patience.first_pause
+                        yield response
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                attempt += 1
+                spent = attempt >= self.patience.attempts
+                if spent or not _is_outcome_unknown(error):
+                    raise self.translated(error) from error
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, self.patience.longest_pause)
+
+    async def _timed(
+        self, call: grpc.aio.UnaryStreamCall[Any, Resp]
+    ) -> AsyncGenerator[Resp]:
+        responses = aiter(call)
+        try:
+            while True:
+                async with asyncio.timeout(self.patience.timeout):
+                    response = await anext(responses, None)
+                if response is None:
+                    return
+                yield response
+        finally:
+            call.cancel()
+
+    def translated(
+        self, error: grpc.aio.AioRpcError | TimeoutError
+    ) -> KernelError | TransportError:
         """Return what the service raised, or who did not answer and what to do."""
-        decoded = status.decode(error)
+        decoded = None if isinstance(error, TimeoutError) else status.decode(error)
         if decoded is not None:
             return decoded
         return TransportError(
@@ -194,14 +277,7 @@ class Connection:
             target=self.target,
         )
 
-    async def _attempt(
-        self,
-        method: UnaryUnary[Req, Resp],
-        request: Req,
-        seconds: float,
-        metadata: tuple[tuple[str, str], ...],
-    ) -> Resp:
-        call = method(request, timeout=seconds, metadata=metadata)
+    async def _attempt(self, call: _Answered[Resp]) -> Resp:
         try:
             response = await call
             self._learn(await call.initial_metadata())
@@ -221,15 +297,38 @@ class Connection:
             self.peer_journal = str(journal) if journal is not None else None
 
 
-def _cause(error: grpc.aio.AioRpcError) -> str:
+async def _write_all(
+    call: grpc.aio.StreamUnaryCall[Req, Any], requests: Iterable[Req]
+) -> None:
+    """Write the first request, and the others when they may come."""
+    stream = iter(requests)
+    # Where the call has ended meanwhile its status says why.
+    with suppress(asyncio.InvalidStateError):
+        await call.write(next(stream))
+        if (await call.initial_metadata()).get(GO_KEY) is None:
+            return
+        for request in stream:
+            await call.write(request)
+        await call.done_writing()
+
+
+def _cause(error: grpc.aio.AioRpcError | TimeoutError) -> str:
     """Return the status and what the system said, without grpc's addresses."""
+    if isinstance(error, TimeoutError):
+        return "DEADLINE_EXCEEDED: the stream stands still"
     words = " ".join((error.details() or "").split())
     # grpc nests its sentences, each with the address again; the innermost has errno.
     found = _SYSTEM_ERROR.findall(words)
     return f"{error.code().name}: {found[-1] if found else words[:_DETAIL_CHARS_MAX]}"
 
 
-def _is_outcome_unknown(error: grpc.aio.AioRpcError) -> bool:
+def _is_outcome_unknown(error: grpc.aio.AioRpcError | TimeoutError) -> bool:
+    if isinstance(error, TimeoutError):
+        return True
+    if error.code() is grpc.StatusCode.INTERNAL:
+        # A stream of requests that was ended while one of them was being written; why,
+        # a repeat is told before it has written anything.
+        return error.details() == _STATUS_LOST
     # A service that says it could not reach another has repeated enough already.
     return error.code() in _UNKNOWN_OUTCOME and status.decode(error) is None
 

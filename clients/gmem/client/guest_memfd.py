@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
-from functools import cached_property
+import hashlib
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
+from functools import cached_property, partial
+from mmap import mmap
+from typing import Final, TypeAlias
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2_grpc as pb_grpc
 from gmem.api.types.v1.types_pb2 import Capabilities, MemPolicy, RequestId
 from gmem.client.base import ServiceClient
+from gmem.uapi.pages import cut
+
+Bytes: TypeAlias = bytes | bytearray | memoryview | mmap
+"""What has bytes that can be looked at without a copy."""
+
+PART_BYTES: Final = 1 << 20
+"""Bytes of one message of WriteRange."""
 
 
 class GuestMemfdClient(ServiceClient):
@@ -276,6 +287,59 @@ class GuestMemfdClient(ServiceClient):
         method = self._stub.OpenView
         return await self.connection.mutate(method, request, request_id)
 
+    async def read_range(
+        self, *, name: str, offset: int, size: int
+    ) -> AsyncGenerator[bytes]:
+        """Yield the bytes of shared pages in chunks; for who can map nothing.
+
+        It goes on where it was when the service is started again in between. Close it
+        after use. NotFaultable at the first private page, whose `error_offset` it has.
+        """
+        end = offset + size
+        at = offset
+
+        def to_come() -> pb.ReadRangeRequest | None:
+            # An empty range is the service's to refuse.
+            if at >= end and size:
+                return None
+            return pb.ReadRangeRequest(name=name, offset=at, size=end - at)
+
+        stream = self.connection.stream_from(self._stub.ReadRange, to_come)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                at += len(response.data)
+                yield response.data
+
+    async def write_range(
+        self,
+        *,
+        name: str,
+        offset: int,
+        data: Bytes,
+        timeout: float | None = None,
+        request_id: RequestId | None = None,
+    ) -> None:
+        """Write bytes into shared pages, for who can map nothing.
+
+        NotFaultable at the first private page (`error_offset`); `stored` of any refusal
+        says how many bytes were stored before it, and are. `timeout` is that of one
+        attempt: by itself that of any call, and a second for each MiB.
+        """
+        with memoryview(data).cast("B") as view:
+            header = pb.WriteRangeHeader(
+                request_id=request_id or self.new_request_id(),
+                name=name,
+                offset=offset,
+                size=len(view),
+                digest=hashlib.blake2b(view, digest_size=16).digest(),
+            )
+            seconds = self.connection.patience.timeout + len(view) / PART_BYTES
+            await self.connection.mutate_by_stream(
+                self._stub.WriteRange,
+                partial(_parts, header, view),
+                timeout=seconds if timeout is None else timeout,
+            )
+
     async def get_operation(self, name: str) -> pb.Operation:
         """Return how far the work on a dead inode's split folios is."""
         request = pb.GetOperationRequest(name=name)
@@ -298,3 +362,13 @@ class GuestMemfdClient(ServiceClient):
         """Yield changes from `start_revision` (0: from now) on; close it after use."""
         request = pb.WatchRequest(start_revision=start_revision)
         return self.connection.stream(self._stub.Watch, request)
+
+
+def _parts(
+    header: pb.WriteRangeHeader, data: memoryview
+) -> Iterator[pb.WriteRangeRequest]:
+    """Yield the messages of one WriteRange, cut so that two share no page."""
+    yield pb.WriteRangeRequest(header=header)
+    for offset, size in cut(header.offset, header.size, PART_BYTES):
+        at = offset - header.offset
+        yield pb.WriteRangeRequest(data=bytes(data[at : at + size]))

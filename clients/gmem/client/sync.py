@@ -34,8 +34,15 @@ from gmem.api.host_allocator.v1 import host_allocator_pb2
 from gmem.api.vmm.v1 import vmm_pb2
 from gmem.client.base import ServiceClient
 from gmem.client.connection import Patience
+from gmem.client.guest_memfd import Bytes
 
-__all__ = ["GuestMemfdClient", "HostAllocatorClient", "VcpuRun", "VmmClient"]
+__all__ = [
+    "GuestMemfdClient",
+    "HostAllocatorClient",
+    "RemoteMemory",
+    "VcpuRun",
+    "VmmClient",
+]
 
 C = TypeVar("C", bound=ServiceClient)
 P = ParamSpec("P")
@@ -258,6 +265,7 @@ class GuestMemfdClient(_Client[aio.GuestMemfdClient]):
     keep_alive = _blocking(aio.GuestMemfdClient.keep_alive)
     unpin_pages = _blocking(aio.GuestMemfdClient.unpin_pages)
     open_view = _blocking(aio.GuestMemfdClient.open_view)
+    write_range = _blocking(aio.GuestMemfdClient.write_range)
     get_operation = _blocking(aio.GuestMemfdClient.get_operation)
     list_operations = _blocking(aio.GuestMemfdClient.list_operations)
 
@@ -266,6 +274,33 @@ class GuestMemfdClient(_Client[aio.GuestMemfdClient]):
     ) -> Generator[guest_memfd_pb2.WatchResponse]:
         """Yield changes from `start_revision` on; close it after use."""
         return self._iterate(lambda inner: inner.watch(start_revision))
+
+    def read_range(self, *, name: str, offset: int, size: int) -> Generator[bytes]:
+        """Yield the bytes of shared pages in chunks; for who can map nothing.
+
+        It goes on where it was when the service is started again in between. Close it
+        after use. NotFaultable at the first private page, whose `error_offset` it has.
+        """
+        return self._iterate(
+            lambda inner: inner.read_range(name=name, offset=offset, size=size)
+        )
+
+
+class RemoteMemory:
+    """gmem.client.RemoteMemory, blocking."""
+
+    def __init__(self, client: GuestMemfdClient, name: str) -> None:
+        """Use `client`, which is open, for the inode `name`."""
+        self._inner = aio.RemoteMemory(client.inner, name)
+        self.name = name
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return all bytes of a range, or none."""
+        return _background.run(lambda: self._inner.read(offset, size))
+
+    def write(self, offset: int, data: Bytes) -> None:
+        """Write bytes; a refusal says in `stored` how many of them are written."""
+        _background.run(lambda: self._inner.write(offset, data))
 
 
 class VcpuRun:

@@ -48,14 +48,14 @@ async def statistics(state: HostState) -> GetStatisticsResponse:
 
 async def inodes(state: HostState) -> list[GuestMemfd]:
     """Ask guest_memfd for all inodes. Raises TransportError."""
-    async with _guest_memfd(state) as guest_memfd:
-        return await guest_memfd.list_guest_memfds()
+    async with guest_memfd(state) as client:
+        return await client.list_guest_memfds()
 
 
 async def inode(state: HostState, name: str) -> GuestMemfd:
     """Ask for one inode. Raises NoSuchObject, TransportError."""
-    async with _guest_memfd(state) as guest_memfd:
-        return await guest_memfd.get_guest_memfd(name)
+    async with guest_memfd(state) as client:
+        return await client.get_guest_memfd(name)
 
 
 def inode_name(host: str, text: str) -> str:
@@ -187,5 +187,6 @@ def _with_integers(message: Message, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _guest_memfd(state: HostState) -> GuestMemfdClient:
+def guest_memfd(state: HostState) -> GuestMemfdClient:
+    """Return a client of the host's guest_memfd."""
     return GuestMemfdClient(state.service("guest_memfd").target, client="gmemctl")

@@ -17,6 +17,7 @@ from gmem.ctl.demo import command as demo_command
 from gmem.ctl.directories import base_directory
 from gmem.ctl.elsewhere import host_elsewhere
 from gmem.ctl.errors import EPILOG, ExitStatus
+from gmem.ctl.inodes import inode_app
 from gmem.ctl.launcher import Plan
 from gmem.ctl.output import console, print_json, reporting
 from gmem.ctl.pools import pool_app
@@ -33,7 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-inode_app = typer.Typer(help="guest_memfd inodes.", no_args_is_help=True)
 app.add_typer(inode_app, name="inode")
 app.add_typer(pool_app, name="pool")
 app.add_typer(vm_app, name="vm")
@@ -166,37 +166,6 @@ def page_types(
             print_json({"types": reports.page_type_values(counts)})
         else:
             sys.stdout.write(reports.page_types_text(counts))
-
-
-@inode_app.command("list", epilog=EPILOG)
-def inode_list(
-    host: Host = "local", run_dir: RunDir = None, as_json: Json = False
-) -> None:
-    """List the guest_memfd inodes of a host."""
-    with reporting(as_json):
-        inodes = asyncio.run(inspection.inodes(state_of(run_dir, host)))
-        if as_json:
-            print_json({"inodes": [inspection.message_values(i) for i in inodes]})
-        else:
-            inspection.print_inodes(inodes)
-
-
-@inode_app.command("show", epilog=EPILOG)
-def inode_show(
-    name: Annotated[str, typer.Argument(help="Inode number, or its resource name.")],
-    host: Host = "local",
-    run_dir: RunDir = None,
-    as_json: Json = False,
-) -> None:
-    """Show one inode: folios, who may fault what, who holds what."""
-    with reporting(as_json):
-        state = state_of(run_dir, host)
-        full_name = inspection.inode_name(state.host, name)
-        inode = asyncio.run(inspection.inode(state, full_name))
-        if as_json:
-            print_json(inspection.message_values(inode))
-        else:
-            inspection.print_inode(inode)
 
 
 @app.command(epilog=EPILOG)

@@ -52,6 +52,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_place(text: str) -> int:
+    """Return the bytes of an offset or a size, hexadecimal too. Raises ControlError."""
+    if text.lower().startswith("0x"):
+        try:
+            return parse_size(str(int(text, 16)))
+        except ValueError as error:
+            raise ControlError(f"{text!r} is no number: write 0x1000 or 4K") from error
+    return parse_size(text)
+
+
 def parse_page_size(text: str) -> int:
     """Return the bytes of a huge page size. Raises ControlError."""
     page_size = parse_size(text)

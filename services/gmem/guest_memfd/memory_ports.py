@@ -97,6 +97,9 @@ class MemoryPorts:
         blocking = partial(performer.register_blocking, workers=self._revokers)
         blocking(fx.InvalidateView, self._invalidate_view)
         blocking(fx.QuiesceView, self._quiesce_view)
+        blocking(fx.WriteBackView, self._write_back)
+        blocking(fx.LoadBytes, self._load)
+        blocking(fx.StoreBytes, self._store_bytes)
         performer.register_remote(fx.RemoveInode, self._remove_inode)
         performer.register_remote(fx.FindMappings, self._find_mappings)
         performer.register_remote(fx.ReadDescriptor, self._read_descriptor)
@@ -178,6 +181,17 @@ class MemoryPorts:
     def _quiesce_view(self, effect: fx.QuiesceView) -> None:
         pages = effect.pages
         self._session.quiesce(effect.inode, ViewKind.HOST, pages.start, pages.stop)
+
+    def _write_back(self, effect: fx.WriteBackView) -> None:
+        pages = effect.pages
+        self._session.write_back(effect.inode, ViewKind.HOST, pages.start, pages.stop)
+
+    def _load(self, effect: fx.LoadBytes) -> bytes:
+        return self._session.load(effect.inode, effect.offset, effect.size)
+
+    def _store_bytes(self, effect: fx.StoreBytes) -> None:
+        host = ViewKind.HOST
+        self._session.store(effect.inode, host, effect.offset, effect.data)
 
     async def _remove_inode(self, effect: fx.RemoveInode) -> None:
         await self._in_worker(self._session.remove_inode, effect.inode)

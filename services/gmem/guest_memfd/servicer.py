@@ -6,7 +6,7 @@ the tables of the .proto.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ import grpc
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2_grpc as pb_grpc
-from gmem.guest_memfd import codec
+from gmem.guest_memfd import codec, streams
 from gmem.guest_memfd.core.inode import InodeOptions
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import UserspaceSide, ViewKind
@@ -245,6 +245,26 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         wire = [codec.mempolicy_run_to_wire(*run) for run in runs]
         return pb.GetMempolicyResponse(runs=wire)
 
+    async def ReadRange(
+        self, request: pb.ReadRangeRequest, context: Context
+    ) -> AsyncGenerator[pb.ReadRangeResponse]:
+        """Stream bytes of shared pages."""
+        async with aclosing(streams.read(self._service, self._target(request))) as all_:
+            async for response in all_:
+                yield response
+
+    async def WriteRange(
+        self, request_iterator: AsyncIterator[pb.WriteRangeRequest], context: Context
+    ) -> pb.WriteRangeResponse:
+        """Store a stream of bytes in shared pages."""
+        first = await anext(request_iterator)
+        target = self._target(first.header)
+        await streams.write(self._service, target, request_iterator)
+        self._service.record(
+            "inode.written", target.inode, offset=hex(target.offset), size=target.size
+        )
+        return pb.WriteRangeResponse(stored=target.size)
+
     # Memslots.
 
     async def BindMemslot(
@@ -352,6 +372,10 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         side = request.userspace
         inode = self._service.inode_of_view(side.st_dev, side.st_ino)
         return UserspaceSide(inode, side.offset)
+
+    def _target(self, wire: pb.ReadRangeRequest | pb.WriteRangeHeader) -> ByteRange:
+        number = self._names.inode(wire.name, unknown=Reason.FD_UNKNOWN)
+        return ByteRange(number, wire.offset, wire.size)
 
     def _range(self, wire: pb.Range) -> ByteRange:
         return ByteRange(self._names.inode(wire.name), wire.offset, wire.size)

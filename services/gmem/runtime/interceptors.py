@@ -24,13 +24,23 @@ from gmem.runtime.events import EventLog
 from gmem.runtime.journal import Journal
 from gmem.runtime.log import bound, logger
 from gmem.runtime.replies import Replies
-from gmem.uapi.errors import KernelError, PeerRestarted, Reason, TransportError
+from gmem.uapi.errors import (
+    BadRequest,
+    KernelError,
+    PeerRestarted,
+    Reason,
+    TransportError,
+)
 
 # Initial metadata of every answer: one lifetime of the service.
 INCARNATION_KEY = "gmem-incarnation"
 # The journal that keeps the replies, where the service has one: it may outlive many
 # incarnations, and a request may be repeated into any of them.
 JOURNAL_KEY = "gmem-journal"
+# Initial metadata of a call with a stream of requests: the first one is accepted, and
+# the others may come. Where it is missing the status comes next: grpc.aio loses the
+# status of a call that ends while something is being written to it.
+GO_KEY = "gmem-go"
 # Metadata of a repeated request: the journal, or else the lifetime, that it first met.
 EXPECT_INCARNATION_KEY = "gmem-expect-incarnation"
 
@@ -100,6 +110,9 @@ class Boundary(grpc.aio.ServerInterceptor):
         if rpc.unary_stream:
             behaviour = self._stream(name, rpc.unary_stream)
             return grpc.unary_stream_rpc_method_handler(behaviour, *codec)
+        if rpc.stream_unary:
+            behaviour = self._client_stream(name, rpc.stream_unary)
+            return grpc.stream_unary_rpc_method_handler(behaviour, *codec)
         assert rpc.stream_stream, f"{method}: no rpc of ours has this shape"
         behaviour = self._stream(name, rpc.stream_stream)
         return grpc.stream_stream_rpc_method_handler(behaviour, *codec)
@@ -127,6 +140,29 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         return answer
 
+    def _client_stream(self, method: str, behaviour: _Behaviour) -> _Behaviour:
+        async def answer(requests: AsyncIterator[Any], context: Context) -> object:
+            async def go() -> None:
+                metadata = (*self._greeting(), (GO_KEY, "1"))
+                await context.send_initial_metadata(metadata)
+
+            async with (
+                self._translated(context, greets=False),
+                self._ended_by_a_stop(context),
+            ):
+                first = await anext(aiter(requests), None)
+                header = require_header(first)
+                with bound(method=method, **names_of(header)):
+                    whole = _from(first, go, requests)
+                    carry_out = self._carrying_out(
+                        behaviour, whole, context, logger.info
+                    )
+                    return await self._replies.once_streamed(
+                        header.request_id, _fingerprint(method, header), carry_out
+                    )
+
+        return answer
+
     @asynccontextmanager
     async def _ended_by_a_stop(self, context: Context) -> AsyncIterator[None]:
         task = asyncio.current_task()
@@ -145,15 +181,9 @@ class Boundary(grpc.aio.ServerInterceptor):
     async def _reply(
         self, method: str, behaviour: _Behaviour, request: Message, context: Context
     ) -> object:
-        async def carry_out() -> Any:
-            started = time.monotonic()
-            response = self._with_revision(await behaviour(request, context))
-            milliseconds = round((time.monotonic() - started) * 1000, 3)
-            log = logger.info if mutating else logger.debug
-            log("answered", milliseconds=milliseconds)
-            return response
-
         mutating = "request_id" in request.DESCRIPTOR.fields_by_name
+        log = logger.info if mutating else logger.debug
+        carry_out = self._carrying_out(behaviour, request, context, log)
         if not mutating:
             return await carry_out()
         request_id = request.request_id  # type: ignore[attr-defined]  # looked up above
@@ -161,19 +191,43 @@ class Boundary(grpc.aio.ServerInterceptor):
             request_id, _fingerprint(method, request), carry_out
         )
 
+    def _carrying_out(
+        self,
+        behaviour: _Behaviour,
+        request: object,
+        context: Context,
+        log: Callable[..., None],
+    ) -> Callable[[], Awaitable[Any]]:
+        async def carry_out() -> Any:
+            started = time.monotonic()
+            response = self._with_revision(await behaviour(request, context))
+            milliseconds = round((time.monotonic() - started) * 1000, 3)
+            log("answered", milliseconds=milliseconds)
+            return response
+
+        return carry_out
+
     def _with_revision(self, response: V) -> V:
         """Fill in the revision, unless the servicer knew a better one."""
         if not response.revision:
             response.revision = self._events.revision
         return response
 
+    def _greeting(self) -> tuple[tuple[str, str], ...]:
+        if not self._journal_id:
+            return ((INCARNATION_KEY, self._incarnation),)
+        return (
+            (INCARNATION_KEY, self._incarnation),
+            (JOURNAL_KEY, self._journal_id),
+        )
+
     @asynccontextmanager
-    async def _translated(self, context: Context) -> AsyncIterator[None]:
+    async def _translated(
+        self, context: Context, *, greets: bool = True
+    ) -> AsyncIterator[None]:
         """Say who we are; turn what is raised inside into the status of the call."""
-        metadata: tuple[tuple[str, str], ...] = ((INCARNATION_KEY, self._incarnation),)
-        if self._journal_id:
-            metadata += ((JOURNAL_KEY, self._journal_id),)
-        await context.send_initial_metadata(metadata)
+        if greets:
+            await context.send_initial_metadata(self._greeting())
         try:
             self._require_incarnation(context)
             yield
@@ -201,6 +255,26 @@ class Boundary(grpc.aio.ServerInterceptor):
                     "whether it was carried out is unknown, so begin again",
                     incarnation=self._incarnation,
                 )
+
+
+def require_header(first: Any) -> Any:
+    """Return the header that a client's stream begins with; BadRequest otherwise."""
+    if first is None or not first.HasField("header"):
+        raise BadRequest(
+            Reason.ARGUMENT_INVALID,
+            "the stream does not begin with a header: send that first",
+        )
+    return first.header
+
+
+async def _from(
+    first: object, go: Callable[[], Awaitable[None]], rest: AsyncIterator[Any]
+) -> AsyncIterator[Any]:
+    """Yield all requests of a stream; `go` comes before the second is waited for."""
+    yield first
+    await go()
+    async for request in rest:
+        yield request
 
 
 def names_of(request: object) -> dict[str, str]:

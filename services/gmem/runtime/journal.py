@@ -47,7 +47,7 @@ class _Entry:
 
     changes: dict[str, Any]
     held: bool = False
-    done: Future[None] = field(default_factory=Future)
+    done: Future[None] = field(default_factory=lambda: _uncancellable(Future()))
 
 
 class Request:
@@ -229,6 +229,12 @@ def _stopped() -> TransportError:
     return TransportError(
         "the service was told to stop: ask again when it runs", service="journal"
     )
+
+
+def _uncancellable(future: Future[None]) -> Future[None]:
+    """Mark as running: who waits and goes away must not take the commit along."""
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _finished() -> Future[None]:

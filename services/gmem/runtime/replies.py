@@ -92,21 +92,56 @@ class Replies:
         entries = self._client(request_id).entries
         entry = entries.get(request_id.id)
         if entry is None:
-            for oldest in _make_room(request_id, entries):
-                names = (request_id.client, request_id.incarnation, oldest)
-                self._forgotten[_key(*names)] = None
-            entry = entries[request_id.id] = _Entry(fingerprint)
+            entry = self._begin(request_id, entries, fingerprint)
             forget = partial(entries.pop, request_id.id, None)
             if self._journal is not None:
                 carry_out = partial(self._journalled, request_id, entry, carry_out)
             entry.task = asyncio.create_task(_remember(entry, carry_out, forget))
-        elif entry.fingerprint != fingerprint:
-            raise BadRequest(
-                Reason.REQUEST_ID_REUSED,
-                f"request_id {request_id.id!r} was used with another body; "
-                "send a new one",
-            )
+        else:
+            _require_same(request_id, entry, fingerprint)
         return cast("R", await _outcome(entry))
+
+    async def once_streamed(
+        self,
+        request_id: RequestId,
+        fingerprint: bytes,
+        carry_out: Callable[[], Awaitable[R]],
+    ) -> R:
+        """As `once`, for what reads its caller's stream: it ends with the caller.
+
+        Nothing is kept of one that was broken off, nor of one that ended too early,
+        which may be the same: a repeat begins anew, once what is left of the first has
+        ended. `fingerprint` stands for the header.
+        """
+        require_request_id(request_id)
+        entries = self._client(request_id).entries
+        while (entry := entries.get(request_id.id)) is not None and entry.task:
+            _require_same(request_id, entry, fingerprint)
+            # Its stream is lost, or a second one would not be there.
+            entry.task.cancel()
+            await asyncio.wait([entry.task])
+        if entry is not None:
+            _require_same(request_id, entry, fingerprint)
+            return cast("R", await _outcome(entry))
+        entry = self._begin(request_id, entries, fingerprint)
+        if self._journal is not None:
+            carry_out = partial(self._journalled_after, request_id, entry, carry_out)
+        forget = partial(entries.pop, request_id.id, None)
+        entry.task = asyncio.create_task(_remember(entry, carry_out, forget))
+        await entry.task
+        return cast("R", await _outcome(entry))
+
+    def _begin(
+        self,
+        request_id: RequestId,
+        entries: OrderedDict[str, _Entry],
+        fingerprint: bytes,
+    ) -> _Entry:
+        for oldest in _make_room(request_id, entries):
+            names = (request_id.client, request_id.incarnation, oldest)
+            self._forgotten[_key(*names)] = None
+        entry = entries[request_id.id] = _Entry(fingerprint)
+        return entry
 
     def _client(self, request_id: RequestId) -> _Client:
         key = (request_id.client, request_id.incarnation)
@@ -150,6 +185,25 @@ class Replies:
             await request.answer(self._rows(request_id, entry, _reply(reply)))
             return reply
 
+    async def _journalled_after(
+        self,
+        request_id: RequestId,
+        entry: _Entry,
+        carry_out: Callable[[], Awaitable[R]],
+    ) -> R:
+        """As `_journalled`, but no change is held: it may wait for its caller."""
+        assert self._journal is not None
+        try:
+            reply = await carry_out()
+        except KernelError as error:
+            if _is_kept(error):
+                with self._journal.request() as request:
+                    await request.answer(self._rows(request_id, entry, _refusal(error)))
+            raise
+        with self._journal.request() as request:
+            await request.answer(self._rows(request_id, entry, _reply(reply)))
+        return reply
+
     def _rows(
         self, request_id: RequestId, entry: _Entry, outcome: dict[str, Any]
     ) -> dict[str, Any]:
@@ -183,6 +237,14 @@ def require_request_id(request_id: RequestId) -> None:
         )
 
 
+def _require_same(request_id: RequestId, entry: _Entry, fingerprint: bytes) -> None:
+    if entry.fingerprint != fingerprint:
+        raise BadRequest(
+            Reason.REQUEST_ID_REUSED,
+            f"request_id {request_id.id!r} was used with another body; send a new one",
+        )
+
+
 def _make_room(
     request_id: RequestId, entries: OrderedDict[str, _Entry]
 ) -> tuple[str, ...]:
@@ -209,6 +271,8 @@ async def _remember(
     try:
         entry.reply = await carry_out()
     except KernelError as error:
+        if not _is_kept(error):
+            forget()
         # A copy: the traceback would keep every frame of the operation alive.
         entry.error = copy.copy(error)
     except BaseException:
@@ -227,6 +291,12 @@ async def _outcome(entry: _Entry) -> Message:
         raise copy.copy(entry.error)
     assert entry.reply is not None
     return entry.reply
+
+
+def _is_kept(error: KernelError) -> bool:
+    """Tell whether a repeat is refused likewise."""
+    # grpc tells the end of a stream before it tells that its caller is gone.
+    return error.reason is not Reason.STREAM_LENGTH
 
 
 def _key(client: str, incarnation: str, number: str) -> str:

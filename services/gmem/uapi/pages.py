@@ -45,6 +45,18 @@ def format_size(size: int) -> str:
     return f"{size}B"
 
 
+def cut(offset: int, size: int, piece: int) -> Iterator[tuple[int, int]]:
+    """Yield offset and size of the pieces of a byte range, cut at multiples of `piece`.
+
+    So that two pieces share no page, wherever the range begins.
+    """
+    end = offset + size
+    while offset < end:
+        stop = min(end, (offset // piece + 1) * piece)
+        yield offset, stop - offset
+        offset = stop
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class PgRange:
     """A half-open range of pages, `[start, stop)`, of an inode or of a VM's gfns."""
@@ -62,6 +74,11 @@ class PgRange:
         assert offset % PAGE_SIZE == 0, offset
         assert size % PAGE_SIZE == 0, size
         return cls(offset >> PAGE_SHIFT, (offset + size) >> PAGE_SHIFT)
+
+    @classmethod
+    def around(cls, offset: int, size: int) -> PgRange:
+        """Return the pages that any byte range touches."""
+        return cls(offset >> PAGE_SHIFT, (offset + size + PAGE_SIZE - 1) >> PAGE_SHIFT)
 
     def __len__(self) -> int:
         """Return the number of pages."""

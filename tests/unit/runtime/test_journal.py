@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,23 @@ async def test_a_request_and_its_reply_are_one_transaction(path: Path) -> None:
         seqs = dict(db.execute("SELECT key, seq FROM rows").fetchall())
     db.close()
     assert seqs["state"] == seqs["reply"] <= seqs["later"] < seqs["without"]
+
+
+async def test_who_waits_for_a_commit_and_goes_away_does_not_take_it_along(
+    path: Path,
+) -> None:
+    with closing(Journal(path, "test")) as journal:
+        for number in range(20):
+            with journal.request() as request:
+                journal.record({"a": number})
+                answer = asyncio.create_task(request.answer({"reply": number}))
+                await asyncio.sleep(0)
+                answer.cancel()
+                with suppress(asyncio.CancelledError):
+                    await answer
+        await asyncio.wait_for(journal.committed(), 10)
+    with closing(Journal(path, "test")) as journal:
+        assert journal.rows == {"a": 19, "reply": 19}
 
 
 def test_listeners_hear_of_the_commit_of_what_was_before(

@@ -171,3 +171,87 @@ async def test_clients_are_bounded_the_idle_ones_go_first(
     assert caught.value.reason is Reason.CLIENTS_EXHAUSTED
     busy.gate.set()
     assert [(await each).handle for each in (asking, second)] == [1, 2]
+
+
+# What reads a stream of its caller.
+
+
+async def test_a_streamed_request_that_is_over_is_repeated_from_memory() -> None:
+    replies, carry_out = Replies(), Counter()
+    for _time in range(2):
+        reply = await replies.once_streamed(request_id(), b"header", carry_out)
+        assert reply.handle == 1
+    carry_out.error = Exhausted(Reason.SUBPOOL_EMPTY, "no page is left", stored=5)
+    for _time in range(2):
+        with pytest.raises(Exhausted) as caught:
+            await replies.once_streamed(request_id(2), b"header", carry_out)
+        assert caught.value.numbers == {"stored": 5}
+    assert carry_out.calls == 2
+    with pytest.raises(BadRequest) as reused:
+        await replies.once_streamed(request_id(), b"another", carry_out)
+    assert reused.value.reason is Reason.REQUEST_ID_REUSED
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadRequest(Reason.STREAM_LENGTH, "the stream ended", stored=1),
+        TransportError("nobody answered"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_stream_that_broke_off_is_carried_out_again(error: Exception) -> None:
+    replies, carry_out = Replies(), Counter()
+    carry_out.error = error
+    with pytest.raises(type(error)):
+        await replies.once_streamed(request_id(), b"header", carry_out)
+    carry_out.error = None
+    reply = await replies.once_streamed(request_id(), b"header", carry_out)
+    assert reply.handle == 2
+
+
+async def test_a_cancelled_stream_ends_and_leaves_no_reply() -> None:
+    replies, carry_out = Replies(), Counter()
+    carry_out.gate.clear()
+    call = asyncio.create_task(
+        replies.once_streamed(request_id(), b"header", carry_out)
+    )
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    carry_out.gate.set()
+    reply = await replies.once_streamed(request_id(), b"header", carry_out)
+    assert reply.handle == 2
+
+
+async def test_a_repeat_begins_when_what_is_left_of_the_first_has_ended() -> None:
+    replies = Replies()
+    order: list[str] = []
+    started = asyncio.Event()
+
+    async def stands_still() -> ReserveResponse:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            order.append("the first has ended")
+        raise AssertionError
+
+    async def writes() -> ReserveResponse:
+        order.append("the second begins")
+        return ReserveResponse(handle=7)
+
+    first = asyncio.create_task(
+        replies.once_streamed(request_id(), b"header", stands_still)
+    )
+    await started.wait()
+    with pytest.raises(BadRequest):
+        await replies.once_streamed(request_id(), b"another", writes)
+    reply = await replies.once_streamed(request_id(), b"header", writes)
+    assert reply.handle == 7
+    assert order == ["the first has ended", "the second begins"]
+    with pytest.raises(asyncio.CancelledError):
+        await first

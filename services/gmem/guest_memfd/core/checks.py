@@ -43,6 +43,14 @@ def require_range(offset: int, size: int, *, i_size: int) -> PgRange:
     return PgRange.of_bytes(offset, size)
 
 
+def require_bytes(offset: int, size: int, *, i_size: int) -> PgRange:
+    """Check bytes of an inode, aligned or not; return the pages that they lie in."""
+    _require_not_negative(offset, size)
+    _require_not_empty(size)
+    _require_inside(offset, size, i_size)
+    return PgRange.around(offset, size)
+
+
 def require_convert_ioctl(
     offset: int, size: int, error_offset: int, *, i_size: int
 ) -> PgRange | None:
@@ -112,7 +120,7 @@ def _require_not_negative(offset: int, size: int) -> None:
 
 def _require_not_empty(size: int) -> None:
     if size == 0:
-        raise BadRequest(Reason.RANGE_EMPTY, "size is 0: give a range of pages", size=0)
+        raise BadRequest(Reason.RANGE_EMPTY, "size is 0: give a range", size=0)
 
 
 def _require_aligned(offset: int, size: int) -> None:

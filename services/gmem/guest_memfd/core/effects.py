@@ -261,6 +261,38 @@ class ZeroPages(Effect[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class WriteBackView(Effect[None]):
+    """Have the store hold every byte that the host view's page cache has.
+
+    Nothing is unmapped. InUse (BINDING_BROKEN) when the views have ended.
+    """
+
+    inode: int
+    pages: PgRange
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBytes(Effect[bytes]):
+    """Reply: bytes of pages that have a folio; what nobody filled is zeroed first."""
+
+    inode: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBytes(Effect[None]):
+    """Store bytes in pages that have a folio and that no view has cached.
+
+    They count as filled from then on; what nobody filled around them is zeroed first.
+    """
+
+    inode: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduleMerge(Effect[None]):
     """Have `GuestMemfdCore.merge(number)` driven soon, as an operation of its own.
 
@@ -356,6 +388,9 @@ BLOCKING: Final = (
     RemoveInode,
     FindMappings,
     ReadDescriptor,
+    WriteBackView,
+    LoadBytes,
+    StoreBytes,
     WaitForRelease,
 )
 LOCAL: Final = (

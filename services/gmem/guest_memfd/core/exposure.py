@@ -18,6 +18,7 @@ from gmem.effects import Op, perform
 from gmem.guest_memfd.core.effects import InvalidateView, SetViewState
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.values import PageState, ViewKind
+from gmem.uapi.errors import NotFaultable, Reason
 from gmem.uapi.flags import Faultability
 from gmem.uapi.pages import PgRange
 
@@ -53,6 +54,23 @@ def show(inode: Inode, pages: PgRange) -> Op[None]:
         yield from perform(
             SetViewState(inode.number, view, fragment.pages, PageState.OPEN)
         )
+
+
+def require_value(
+    inode: Inode, pages: PgRange, value: Faultability, way_out: str
+) -> None:
+    """Raise NotFaultable (PAGE_NOT_FAULTABLE) at the first page of another value."""
+    for fragment in inode.faultability.runs(pages):
+        if fragment.faultability is not value:
+            offset = fragment.pages.offset
+            word = "private" if value is Faultability.ALL else "shared"
+            raise NotFaultable(
+                Reason.PAGE_NOT_FAULTABLE,
+                f"the page at offset {offset:#x} of inode {inode.number} is {word}: "
+                f"{way_out}",
+                error_offset=offset,
+                inode=inode.number,
+            )
 
 
 def with_withdrawn_guest(

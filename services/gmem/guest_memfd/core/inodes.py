@@ -54,6 +54,17 @@ class Inodes:
             )
         return inode
 
+    def open_file(self, number: int) -> Inode:
+        """Return an inode whose file is open; NoSuchObject (FD_UNKNOWN) otherwise."""
+        inode = self._inodes.get(number)
+        if inode is None or not inode.file_open:
+            raise NoSuchObject(
+                Reason.FD_UNKNOWN,
+                f"inode {number} was never issued, or is closed: create one",
+                inode=number,
+            )
+        return inode
+
     def find(self, number: int) -> Inode | None:
         """Return an inode, or None if it never was, or is gone."""
         inode = self._inodes.get(number)

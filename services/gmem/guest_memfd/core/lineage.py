@@ -42,6 +42,8 @@ class Operation(Enum):
     GET_PFN = "get_pfn"
     PIN = "pin"
     POPULATE = "populate"
+    READ = "read"
+    WRITE = "write"
     CONVERT = "convert"
     EVICT = "evict"
     SET_MEMPOLICY = "set_mempolicy"
@@ -83,6 +85,9 @@ _RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
     Operation.GET_PFN: None,
     Operation.PIN: Mode.SHARED,
     Operation.POPULATE: Mode.EXCLUSIVE,
+    # No series has them: a read is as a host fault, a write quiesces the host view.
+    Operation.READ: Mode.SHARED,
+    Operation.WRITE: Mode.EXCLUSIVE,
     Operation.CONVERT: Mode.EXCLUSIVE,
     Operation.EVICT: Mode.EXCLUSIVE,
     Operation.SET_MEMPOLICY: None,

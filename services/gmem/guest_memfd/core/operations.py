@@ -24,7 +24,12 @@ from gmem.guest_memfd.core.effects import (
     Unreserve,
     ZeroPages,
 )
-from gmem.guest_memfd.core.exposure import show, withdraw, withdraw_value
+from gmem.guest_memfd.core.exposure import (
+    require_value,
+    show,
+    withdraw,
+    withdraw_value,
+)
 from gmem.guest_memfd.core.folios import fill, free_orphans, get_folio, truncate
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.invalidation import (
@@ -54,7 +59,6 @@ from gmem.uapi.errors import (
     BadRequest,
     KernelError,
     NoSuchObject,
-    NotFaultable,
     ObjectExists,
     Reason,
 )
@@ -256,7 +260,7 @@ def pin(inode: Inode, hold: Hold) -> Op[None]:
 
     NotFaultable (PAGE_NOT_FAULTABLE) at the first private page.
     """
-    _require_value(inode, hold.pages, Faultability.ALL, "convert it to shared first")
+    require_value(inode, hold.pages, Faultability.ALL, "convert it to shared first")
     inode.references.require_room()
     yield from fill(inode, hold.pages)
 
@@ -281,7 +285,7 @@ def populate(
     has content. The guest view is withdrawn meanwhile: a guest that reads would have
     the page zeroed and marked as filled.
     """
-    _require_value(inode, pages, Faultability.GUEST, "convert it to private first")
+    require_value(inode, pages, Faultability.GUEST, "convert it to private first")
     try:
         yield from withdraw_value(inode, pages, Faultability.GUEST)
         yield from _require_unprepared(inode, pages)
@@ -382,22 +386,6 @@ def _require_same_range(
             inode=inode.number,
             offset=offset,
         )
-
-
-def _require_value(
-    inode: Inode, pages: PgRange, value: Faultability, way_out: str
-) -> None:
-    for fragment in inode.faultability.runs(pages):
-        if fragment.faultability is not value:
-            offset = fragment.pages.offset
-            word = "private" if value is Faultability.ALL else "shared"
-            raise NotFaultable(
-                Reason.PAGE_NOT_FAULTABLE,
-                f"the page at offset {offset:#x} of inode {inode.number} is {word}: "
-                f"{way_out}",
-                error_offset=offset,
-                inode=inode.number,
-            )
 
 
 def _require_unprepared(inode: Inode, pages: PgRange) -> Op[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from gmem.effects import Mode, Op, holding, perform
 from gmem.guest_memfd.core import operations
+from gmem.guest_memfd.core.byte_calls import ByteCalls
 from gmem.guest_memfd.core.checks import (
     require_allocatable,
     require_creatable,
@@ -44,7 +45,7 @@ from gmem.uapi.flags import FALLOC_FL_PUNCH_HOLE, Faultability
 from gmem.uapi.pages import Gfn, PgOff, PgRange
 
 
-class GuestMemfdCore(ConvertCalls, HoldCalls):
+class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
     """All inodes; `owner` is what reservations are called after."""
 
     def __init__(self, owner: str = "guest_memfd") -> None:
@@ -107,13 +108,7 @@ class GuestMemfdCore(ConvertCalls, HoldCalls):
         NoSuchObject (FD_UNKNOWN) after close, NotFaultable (TOKEN_DENIED) for a VM
         without a binding.
         """
-        inode = self._inodes.get(number)
-        if inode is None or not inode.file_open:
-            raise NoSuchObject(
-                Reason.FD_UNKNOWN,
-                f"inode {number} was never issued, or is closed: create one",
-                inode=number,
-            )
+        inode = self.open_file(number)
         if view is ViewKind.GUEST and not inode.bindings.has_vm(vm):
             raise NotFaultable(
                 Reason.TOKEN_DENIED,
@@ -230,13 +225,7 @@ class GuestMemfdCore(ConvertCalls, HoldCalls):
         userspace: UserspaceSide | None = None,
     ) -> Op[None]:
         """Bind a memslot's pages; NoSuchObject (FD_UNKNOWN) when the file is closed."""
-        inode = self._inodes.get(number)
-        if inode is None or not inode.file_open:
-            raise NoSuchObject(
-                Reason.FD_UNKNOWN,
-                f"inode {number} was never issued, or is closed: create one",
-                inode=number,
-            )
+        inode = self.open_file(number)
         pages = require_range(offset, size, i_size=inode.i_size)
         binding = Binding(vm, slot, base_gfn, pages, host_faultable, vmm_target)
         body = operations.bind(inode, binding, userspace)

@@ -37,6 +37,7 @@ class ViewStatistics:
     ioctls: int = 0
     invals: int = 0
     syncs: int = 0
+    write_backs: int = 0
     quiesces: int = 0
     quiesce_rounds: int = 0
     faulty_handlers: int = 0

@@ -96,7 +96,7 @@ class Revoker:
         raise Contended(
             Reason.PAGE_IN_USE,
             f"page {pending[0][0]} was touched again in each of {ROUNDS_MAX} rounds: "
-            "have its users pause, then punch again",
+            "have its users pause, then try again",
             error_offset=pending[0][0] << PAGE_SHIFT,
         )
 

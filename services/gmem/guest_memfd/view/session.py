@@ -180,6 +180,33 @@ class ViewSession:
         node = self._node(ino)
         return self.revokers.run(self._quiesce, node, view, start, stop)
 
+    def write_back(self, ino: int, view: ViewKind, start: int, stop: int) -> None:
+        """Have dirty pages of a range stored; nothing is unmapped. Blocks.
+
+        InUse when the connection is gone.
+        """
+        self._counters.add("write_backs")
+        self.revokers.run(self._write_back, self._node(ino), view, [(start, stop)])
+        if not self.is_connected:
+            raise InUse(
+                Reason.BINDING_BROKEN,
+                "the fuse connection has ended: what programs wrote may be lost; start "
+                "the host again",
+            )
+
+    def load(self, ino: int, offset: int, size: int) -> bytes:
+        """Return bytes of the store; each page has a folio."""
+        node = self._node(ino)
+        with node.lock:
+            return b"".join(node.data(offset, offset + size))
+
+    def store(self, ino: int, view: ViewKind, offset: int, data: bytes) -> None:
+        """Store bytes; each page has a folio and none is cached or CLOSED."""
+        node = self._node(ino)
+        with node.lock:
+            outcome = node.write(view, offset, memoryview(data), writeback=True)
+        assert outcome.stored == len(data), outcome
+
     def open_view(self, ino: int, view: ViewKind) -> int:
         """Open a view and return its descriptor (O_RDWR, close-on-exec); blocks.
 
@@ -260,24 +287,25 @@ class ViewSession:
         self, node: ViewNode, view: ViewKind, start: int, stop: int
     ) -> None:
         runs = self._revoker.revocable(node, view, start, stop)
-        self._write_back(node, view, runs)
+        self._write_back(node, view, _large(runs))
         self._revoker.invalidate(node, view, runs)
 
     def _quiesce(self, node: ViewNode, view: ViewKind, start: int, stop: int) -> Runs:
-        self._write_back(node, view, self._revoker.revocable(node, view, start, stop))
+        runs = self._revoker.revocable(node, view, start, stop)
+        self._write_back(node, view, _large(runs))
         return self._revoker.quiesce(node, view, start, stop)
 
     def _write_back(self, node: ViewNode, view: ViewKind, runs: Runs) -> None:
-        """Have what is dirty in large runs come back in large pieces."""
-        large = [run for run in runs if run[1] - run[0] >= SYNC_PAGES_MIN]
-        if not large or node.table.opens(view) == 0:
+        """Have what is dirty come back in large pieces; nothing is unmapped."""
+        # Where nobody has it open nothing is dirty: munmap and exit write back.
+        if not runs or node.table.opens(view) == 0:
             return
         # It takes its time: whose system call this is may be killed meanwhile.
         self._faults.something_parked.set()
         nodeid = nodeid_of(node.ino, view)
         fd = open_by_secret(self._mount_fd, self._files, nodeid, internal=True)
         try:
-            for start, stop in large:
+            for start, stop in runs:
                 self._counters.add("syncs")
                 offset, length = start << PAGE_SHIFT, (stop - start) << PAGE_SHIFT
                 self._invalidator.write_back(fd, offset, length)
@@ -313,3 +341,8 @@ class ViewSession:
                 return False
             self._alive -= 1
             return True
+
+
+def _large(runs: Runs) -> Runs:
+    """Return those that are written back before an invalidation, which is slower."""
+    return [(start, stop) for start, stop in runs if stop - start >= SYNC_PAGES_MIN]

@@ -26,6 +26,7 @@ def test_only_the_guest_fault_of_the_first_series_is_without_a_lock() -> None:
         Operation.ALLOCATE,
         Operation.HOST_FAULT,
         Operation.PIN,
+        Operation.READ,
     }
 
 

@@ -120,6 +120,16 @@ class GuestMemfdServiceStub:
                 request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewRequest.SerializeToString,
                 response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewResponse.FromString,
                 _registered_method=True)
+        self.ReadRange = channel.unary_stream(
+                '/gmem.api.guest_memfd.v1.GuestMemfdService/ReadRange',
+                request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.ReadRangeRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.ReadRangeResponse.FromString,
+                _registered_method=True)
+        self.WriteRange = channel.stream_unary(
+                '/gmem.api.guest_memfd.v1.GuestMemfdService/WriteRange',
+                request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.WriteRangeRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.WriteRangeResponse.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/gmem.api.guest_memfd.v1.GuestMemfdService/GetOperation',
                 request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.GetOperationRequest.SerializeToString,
@@ -444,6 +454,63 @@ class GuestMemfdServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadRange(self, request, context):
+        """Bytes of shared pages, aligned or not, for clients that can map nothing: what a load
+        through the host view finds there, chunk by chunk, each of at most 1 MiB and cut at
+        multiples of 1 MiB of the inode. A hole takes a folio and reads as zeros, as in a
+        host fault. Each chunk is read by itself, and nothing is held while the client takes
+        it: a page that becomes private meanwhile ends the stream, and what came before it
+        is what was there when it was read.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+        | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+        | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+        | the views have ended | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+        | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteRange(self, request_iterator, context):
+        """Writes bytes into shared pages, aligned or not: first the header, then the bytes in
+        order, in parts of at most 1 MiB. All that can be checked is checked before the first
+        byte is stored. Each part is stored as a whole or not at all, and nothing is held
+        while the next one is waited for. Programs that have the pages mapped keep their
+        other bytes, and find these at their next touch.
+
+        A refusal after that says in `stored` how many bytes from offset on were stored; they
+        stay. So does what a stream leaves that breaks off (the client ends, the connection
+        is lost) or has another length than its header says: nothing is remembered of it, and
+        with the same request_id all of it is written again, after whatever is left of the
+        first attempt has ended. Any other write is not carried out again: its repeat gets
+        the reply of the first.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
+        | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
+        | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+        | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+        | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+        | the views have ended (stored) | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+        | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another header | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetOperation(self, request, context):
         """One long-running operation: what an inode of RFC_V2 left behind when it went. Its
         split folios come back page by page, as they are put; each is merged and given back
@@ -566,6 +633,16 @@ def add_GuestMemfdServiceServicer_to_server(servicer, server):
                     servicer.OpenView,
                     request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewRequest.FromString,
                     response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewResponse.SerializeToString,
+            ),
+            'ReadRange': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadRange,
+                    request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.ReadRangeRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.ReadRangeResponse.SerializeToString,
+            ),
+            'WriteRange': grpc.stream_unary_rpc_method_handler(
+                    servicer.WriteRange,
+                    request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.WriteRangeRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.WriteRangeResponse.SerializeToString,
             ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
@@ -1043,6 +1120,60 @@ class GuestMemfdService:
             '/gmem.api.guest_memfd.v1.GuestMemfdService/OpenView',
             gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewRequest.SerializeToString,
             gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadRange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gmem.api.guest_memfd.v1.GuestMemfdService/ReadRange',
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.ReadRangeRequest.SerializeToString,
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.ReadRangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteRange(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/gmem.api.guest_memfd.v1.GuestMemfdService/WriteRange',
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.WriteRangeRequest.SerializeToString,
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.WriteRangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

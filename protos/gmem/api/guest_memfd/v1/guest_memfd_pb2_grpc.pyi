@@ -267,6 +267,55 @@ class GuestMemfdServiceStub:
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
+    ReadRange: _grpc.UnaryStreamMultiCallable[_guest_memfd_pb2.ReadRangeRequest, _guest_memfd_pb2.ReadRangeResponse]
+    """Bytes of shared pages, aligned or not, for clients that can map nothing: what a load
+    through the host view finds there, chunk by chunk, each of at most 1 MiB and cut at
+    multiples of 1 MiB of the inode. A hole takes a folio and reads as zeros, as in a
+    host fault. Each chunk is read by itself, and nothing is held while the client takes
+    it: a page that becomes private meanwhile ends the stream, and what came before it
+    is what was there when it was read.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+    | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+    | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+    | the views have ended | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+    | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+    """
+    WriteRange: _grpc.StreamUnaryMultiCallable[_guest_memfd_pb2.WriteRangeRequest, _guest_memfd_pb2.WriteRangeResponse]
+    """Writes bytes into shared pages, aligned or not: first the header, then the bytes in
+    order, in parts of at most 1 MiB. All that can be checked is checked before the first
+    byte is stored. Each part is stored as a whole or not at all, and nothing is held
+    while the next one is waited for. Programs that have the pages mapped keep their
+    other bytes, and find these at their next touch.
+
+    A refusal after that says in `stored` how many bytes from offset on were stored; they
+    stay. So does what a stream leaves that breaks off (the client ends, the connection
+    is lost) or has another length than its header says: nothing is remembered of it, and
+    with the same request_id all of it is written again, after whatever is left of the
+    first attempt has ended. Any other write is not carried out again: its repeat gets
+    the reply of the first.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
+    | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
+    | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+    | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+    | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+    | the views have ended (stored) | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+    | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another header | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
     GetOperation: _grpc.UnaryUnaryMultiCallable[_guest_memfd_pb2.GetOperationRequest, _guest_memfd_pb2.GetOperationResponse]
     """One long-running operation: what an inode of RFC_V2 left behind when it went. Its
     split folios come back page by page, as they are put; each is merged and given back
@@ -529,6 +578,55 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    ReadRange: _aio.UnaryStreamMultiCallable[_guest_memfd_pb2.ReadRangeRequest, _guest_memfd_pb2.ReadRangeResponse]  # type: ignore[assignment]
+    """Bytes of shared pages, aligned or not, for clients that can map nothing: what a load
+    through the host view finds there, chunk by chunk, each of at most 1 MiB and cut at
+    multiples of 1 MiB of the inode. A hole takes a folio and reads as zeros, as in a
+    host fault. Each chunk is read by itself, and nothing is held while the client takes
+    it: a page that becomes private meanwhile ends the stream, and what came before it
+    is what was there when it was read.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+    | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+    | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+    | the views have ended | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+    | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+    """
+    WriteRange: _aio.StreamUnaryMultiCallable[_guest_memfd_pb2.WriteRangeRequest, _guest_memfd_pb2.WriteRangeResponse]  # type: ignore[assignment]
+    """Writes bytes into shared pages, aligned or not: first the header, then the bytes in
+    order, in parts of at most 1 MiB. All that can be checked is checked before the first
+    byte is stored. Each part is stored as a whole or not at all, and nothing is held
+    while the next one is waited for. Programs that have the pages mapped keep their
+    other bytes, and find these at their next touch.
+
+    A refusal after that says in `stored` how many bytes from offset on were stored; they
+    stay. So does what a stream leaves that breaks off (the client ends, the connection
+    is lost) or has another length than its header says: nothing is remembered of it, and
+    with the same request_id all of it is written again, after whatever is left of the
+    first attempt has ended. Any other write is not carried out again: its repeat gets
+    the reply of the first.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
+    | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
+    | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
+    | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+    | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+    | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+    | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+    | the views have ended (stored) | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+    | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another header | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
     GetOperation: _aio.UnaryUnaryMultiCallable[_guest_memfd_pb2.GetOperationRequest, _guest_memfd_pb2.GetOperationResponse]  # type: ignore[assignment]
     """One long-running operation: what an inode of RFC_V2 left behind when it went. Its
@@ -891,6 +989,67 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def ReadRange(
+        self,
+        request: _guest_memfd_pb2.ReadRangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_guest_memfd_pb2.ReadRangeResponse], _abc.AsyncIterator[_guest_memfd_pb2.ReadRangeResponse]]:
+        """Bytes of shared pages, aligned or not, for clients that can map nothing: what a load
+        through the host view finds there, chunk by chunk, each of at most 1 MiB and cut at
+        multiples of 1 MiB of the inode. A hole takes a folio and reads as zeros, as in a
+        host fault. Each chunk is read by itself, and nothing is held while the client takes
+        it: a page that becomes private meanwhile ends the stream, and what came before it
+        is what was there when it was read.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+        | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+        | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+        | the views have ended | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+        | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+        """
+
+    @_abc_1.abstractmethod
+    def WriteRange(
+        self,
+        request_iterator: _MaybeAsyncIterator[_guest_memfd_pb2.WriteRangeRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_guest_memfd_pb2.WriteRangeResponse, _abc.Awaitable[_guest_memfd_pb2.WriteRangeResponse]]:
+        """Writes bytes into shared pages, aligned or not: first the header, then the bytes in
+        order, in parts of at most 1 MiB. All that can be checked is checked before the first
+        byte is stored. Each part is stored as a whole or not at all, and nothing is held
+        while the next one is waited for. Programs that have the pages mapped keep their
+        other bytes, and find these at their next touch.
+
+        A refusal after that says in `stored` how many bytes from offset on were stored; they
+        stay. So does what a stream leaves that breaks off (the client ends, the connection
+        is lost) or has another length than its header says: nothing is remembered of it, and
+        with the same request_id all of it is written again, after whatever is left of the
+        first attempt has ended. Any other write is not carried out again: its repeat gets
+        the reply of the first.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
+        | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
+        | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
+        | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
+        | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
+        | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
+        | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
+        | the views have ended (stored) | BINDING_BROKEN | FAILED_PRECONDITION | see gmemctl status |
+        | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another header | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
         """
 
     @_abc_1.abstractmethod
