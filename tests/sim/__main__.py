@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import Counter
 
+from gmem.uapi.lineage import Lineage
 from tests.sim import mutants
 
 
@@ -14,6 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument(
+        "--lineage", type=Lineage, choices=list(Lineage), help="default: by the seed"
+    )
     parser.add_argument("--trace", action="store_true", help="print every effect")
     parser.add_argument("--hash", action="store_true", help="print the trace hashes")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="a mistake")
@@ -26,15 +30,16 @@ def main() -> int:
 
     marks: Counter[str] = Counter()
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-        history = run(seed, print if arguments.trace else None)
+        show = print if arguments.trace else None
+        history = run(seed, show, lineage=arguments.lineage)
         marks += history.marks
         if history.failure:
             print(f"{history.failure}\n{history.replay}")
             return 1
         if arguments.hash:
-            print(seed, history.trace_hash)
+            print(seed, history.lineage, history.trace_hash)
         elif arguments.seeds == 1:
-            print(f"seed {seed}: {history.steps} steps, {history.options}")
+            print(f"{history.lineage} {seed}: {history.steps} steps, {history.options}")
     if not arguments.hash:
         for mark, count in sorted(marks.items()):
             print(f"{count:7} {mark}")

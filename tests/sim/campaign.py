@@ -13,6 +13,7 @@ from typing import Final
 
 from gmem.effects import Op
 from gmem.uapi.errors import KernelError, NoSuchObject
+from gmem.uapi.lineage import Lineage
 from tests.sim import checkers
 from tests.sim.machines import Machine
 from tests.sim.options import Options
@@ -21,26 +22,13 @@ from tests.sim.world import World
 
 STEPS_MAX: Final = 40_000
 
-SOMETIMES: Final = (
-    "refused conversion",
-    "rollback after a failed split",
-    "reconstruct",
-    "lost reply",
-    "reply from memory",
-    "loser of an allocation race",
-    "evict after the last pin",
-    "guest access served",
-    "refused: POOL_EMPTY",
-    "refused: VMEMMAP_RESTORE_FAILED",
-)
-"""What a campaign must have seen: without it, it proves nothing about it."""
-
 
 @dataclass(frozen=True, slots=True)
 class History:
     """What became of one seed; `failure` is empty where every invariant held."""
 
     seed: int
+    lineage: Lineage
     options: Options
     steps: int
     trace_hash: str
@@ -50,7 +38,7 @@ class History:
     @property
     def replay(self) -> str:
         """The command that runs the same history again."""
-        return f"python -m tests.sim --seed {self.seed}"
+        return f"python -m tests.sim --lineage {self.lineage} --seed {self.seed}"
 
 
 def run(
@@ -58,12 +46,13 @@ def run(
     show: Callable[[str], None] | None = None,
     *,
     options: Options | None = None,
+    lineage: Lineage | None = None,
 ) -> History:
     """Run one history to its end, or to the first invariant that does not hold.
 
-    `options` None: drawn from the seed. `show` gets a line for each effect.
+    `options` and `lineage` None: of the seed. `show` gets a line for each effect.
     """
-    world = World(seed, options)
+    world = World(seed, options, lineage)
     drawn = world.options
     world.print = show
     failure = ""
@@ -75,7 +64,15 @@ def run(
         where = f"{Path(last.filename).name}:{last.lineno} {last.name}"
         failure = f"{type(error).__name__}: {error} ({where})"
         world.abandon()
-    return History(seed, drawn, world.steps, world.trace_hash, world.marks, failure)
+    return History(
+        seed,
+        world.lineage,
+        drawn,
+        world.steps,
+        world.trace_hash,
+        world.marks,
+        failure,
+    )
 
 
 def _safety_then_liveness(world: World) -> None:
@@ -115,7 +112,7 @@ def _require_finished(workload: Workload) -> None:
     world = workload.world
     if world.tasks or workload.running:
         world.broken(f"never finished: {_unfinished(world)}")
-    checkers.faultability_is_total(workload.host)
+    checkers.everything_is_at_rest(workload.host)
 
 
 def _unfinished(world: World) -> str:
@@ -146,6 +143,8 @@ def _settle(workload: Workload, machine: Machine) -> Op[None]:
 def _require_nothing_left(workload: Workload) -> None:
     _require_finished(workload)
     host = workload.host
+    if host.guest_memfd.handles:
+        host.world.broken(f"reservations {host.guest_memfd.handles} are left")
     if host.guest_memfd.numbers:
         host.world.broken(f"inodes {host.guest_memfd.numbers} are left")
     host.allocator.unreserve(host.hog)

@@ -50,6 +50,8 @@ def check(host: Host) -> None:
     vmemmap_matches_structure(moment)
     host_maps_only_faultable_pages(moment)
     no_guest_mapping_of_a_changed_page(moment)
+    no_byte_survives_a_hole(moment)
+    faultability_is_total(moment)
 
 
 def every_folio_is_somewhere_once(moment: Moment) -> None:
@@ -67,11 +69,13 @@ def every_folio_is_somewhere_once(moment: Moment) -> None:
             place(entry.folio.pfn, "filemap", inode.number, inode.handle)
         for orphan in inode.references.orphans:
             place(orphan.folio.pfn, "orphan", inode.number, inode.handle)
-    for key, in_flight in host.in_flight.items():
+    for key, in_flight in host.allocations.in_flight.items():
         for folio in in_flight:
             place(folio.pfn, "in flight", key)
+    for number, owner, pfn in _awaiting_reconstruction(host):
+        place(pfn, "left by an inode, merge", number, owner)
 
-    for key, folio in host.restructuring.items():
+    for key, folio in host.allocations.restructuring.items():
         # Out of the filemap already where it is made whole to be freed.
         if folio.pfn not in places:
             place(folio.pfn, "restructuring", key)
@@ -85,6 +89,15 @@ def every_folio_is_somewhere_once(moment: Moment) -> None:
     if len(owned) > len(places) and not unpins:
         lost = [hex(pfn) for pfn in owned if pfn not in places]
         host.world.broken(f"folios {lost} are allocated and nowhere")
+
+
+def _awaiting_reconstruction(host: Host) -> Iterator[tuple[int, int, int]]:
+    """Yield merge, handle and frame of what dead inodes have left."""
+    for number, merge in host.guest_memfd.deferred._merges.items():
+        # The first one is between the services while the merge runs.
+        ready = merge.ready[1:] if merge.running else merge.ready
+        for left in (*merge.waiting.values(), *ready):
+            yield number, merge.handle, left.folio.pfn
 
 
 def _owned(host: Host) -> dict[int, int]:
@@ -147,7 +160,7 @@ def vmemmap_matches_structure(moment: Moment) -> None:
         saved += whole * saved_vmemmap_pages(pool.hstate.order)
     if saved != host.allocator.vmemmap.saved_pages:
         host.world.broken(f"{saved} pages saved, not {host.allocator.vmemmap}")
-    moving = [folio.pfn for folio in host.restructuring.values()]
+    moving = [folio.pfn for folio in host.allocations.restructuring.values()]
     for inode, folios in moment.folios:
         for index, entry in folios if inode.order else ():
             pfn = entry.folio.pfn
@@ -187,6 +200,10 @@ def no_guest_mapping_of_a_changed_page(moment: Moment) -> None:
         for entry in vm.stage2:
             if vm.invalidation.must_retry(vm.invalidation.seq, entry.gfns):
                 continue
+            slot = vm.memslots.find(entry.gfn)
+            if slot is not None and vm.file_says(slot):
+                _require_in_place(host, vm, entry, slot)
+                continue
             for run, attributes in vm.attributes.runs(entry.gfns):
                 if bool(attributes) is not entry.private:
                     host.world.broken(f"{name}: {entry}, but {run} is {attributes!r}")
@@ -198,17 +215,8 @@ def _require_current(host: Host, vm: Vm, entry: Stage2Entry) -> None:
     slot = vm.memslots.find(entry.gfn)
     if slot is None:
         host.world.broken(f"{vm.name}: {entry} without a memslot")
-    number = int(slot.region.guest_memfd)
-    inode = host.guest_memfd._inodes.get(number)
-    if inode is None:
-        host.world.broken(f"{vm.name}: {entry} of inode {number}, which is gone")
-    pages = _pages(slot, entry.gfns)
-    for index in pages.huge_starts(inode.order):
-        found = inode.filemap.get(index)
-        first = max(index, pages.start)
-        pfn = entry.pfn + first - pages.start
-        if found is None or found.folio.pfn + first - index != pfn:
-            host.world.broken(f"{vm.name}: {entry} is stale: {found}")
+    inode, pages = _require_frames(host, vm, entry, slot)
+    number = inode.number
     for run in inode.faultability.runs_of(pages, Faultability.ALL):
         # A failed conversion leaves pages shared whose attribute is private.
         if not any(
@@ -217,27 +225,83 @@ def _require_current(host: Host, vm: Vm, entry: Stage2Entry) -> None:
             host.world.broken(f"{vm.name}: {entry}, but {run} is shared")
 
 
+def _require_in_place(host: Host, vm: Vm, entry: Stage2Entry, slot: Memslot) -> None:
+    """The file says what is private; attributes mean nothing here."""
+    inode, pages = _require_frames(host, vm, entry, slot)
+    wrong = Faultability.ALL if entry.private else Faultability.GUEST
+    for run in inode.faultability.runs_of(pages, wrong):
+        host.world.broken(f"{vm.name}: {entry}, but {run} is {wrong.name}")
+
+
+def _require_frames(
+    host: Host, vm: Vm, entry: Stage2Entry, slot: Memslot
+) -> tuple[Inode, PgRange]:
+    """The frames of a private entry are those of the file; return file and pages.
+
+    Shared pages are reached through the host view, whatever frame the entry names.
+    """
+    number = int(slot.region.guest_memfd)
+    inode = host.guest_memfd._inodes.get(number)
+    if inode is None:
+        host.world.broken(f"{vm.name}: {entry} of inode {number}, which is gone")
+    pages = _pages(slot, entry.gfns)
+    for index in pages.huge_starts(inode.order) if entry.private else ():
+        found = inode.filemap.get(index)
+        first = max(index, pages.start)
+        pfn = entry.pfn + first - pages.start
+        if found is None or found.folio.pfn + first - index != pfn:
+            host.world.broken(f"{vm.name}: {entry} is stale: {found}")
+    return inode, pages
+
+
+def no_byte_survives_a_hole(moment: Moment) -> None:
+    """What a load sees was written for this page, and after the last hole there.
+
+    So a page that was freshly allocated reads zero.
+    """
+    memory = moment.host.memory
+    for number, pgoff, tag in memory.readable():
+        if (tag.inode, tag.pgoff) != (number, pgoff):
+            moment.host.world.broken(f"inode {number}, {pgoff:#x} shows {tag}")
+        if tag in memory.punched:
+            moment.host.world.broken(f"{tag} survived a punch")
+
+
+def faultability_is_total(moment: Moment) -> None:
+    """Each page below i_size has exactly one value."""
+    for inode, _ in moment.folios:
+        at, last = 0, None
+        for fragment in inode.faultability.runs(inode.whole):
+            if fragment.pages.start != at or fragment.faultability is last:
+                moment.host.world.broken(f"inode {inode.number}: {fragment} at {at}")
+            at, last = fragment.pages.stop, fragment.faultability
+        if at != len(inode.whole):
+            moment.host.world.broken(f"inode {inode.number}: no value from {at} on")
+
+
 def split_iff_some_page_is_shared(
     host: Host, ranges: list[ByteRange], to: Faultability
 ) -> None:
     """After a finished conversion: split where it made shared, whole where private.
 
-    A conversion smaller than a folio leaves it split: it rounds in.
+    Where a series rounds in, a conversion smaller than a folio leaves it split.
     """
     for target in ranges:
         inode = host.guest_memfd.inode(target.inode)
         pages = PgRange.of_bytes(target.offset, target.size)
-        shared = to is Faultability.ALL
-        units = pages if shared else pages.rounded_in(inode.order)
+        out = to is Faultability.ALL or host.world.play.rounds_out
+        units = pages if out else pages.rounded_in(inode.order)
         for index in units.huge_starts(inode.order) if inode.order and units else ():
             entry = inode.filemap.get(index)
+            unit = PgRange(index, index + (1 << inode.order))
+            shared = inode.faultability.any_in(unit, Faultability.ALL)
             settled = entry is None or not entry.attached or entry.split is shared
             if not settled:
                 host.world.broken(f"{inode.number} at {index:#x}: {entry}, {to!r}")
 
 
-def faultability_is_total(host: Host) -> None:
-    """Each page has one value; and everything else that holds of an idle host."""
+def everything_is_at_rest(host: Host) -> None:
+    """What holds of an idle host beside: the cores' own checks, no open bracket."""
     host.guest_memfd.check_all()
     host.allocator.check_frames()
     for name in host.vmm.names():

@@ -13,21 +13,27 @@ from gmem.guest_memfd.core.faultability import opposite
 from gmem.guest_memfd.core.inode import InodeOptions
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.registry import GuestMemfdCore
-from gmem.guest_memfd.core.values import Folio, GuestPage, ViewKind
+from gmem.guest_memfd.core.values import (
+    GuestPage,
+    UserspaceSide,
+    ViewKind,
+    WrongAccess,
+)
 from gmem.host_allocator.core.host_memory import HostMemory
-from gmem.host_allocator.core.values import Folio as HostFolio
 from gmem.uapi.errors import KernelError, Reason
 from gmem.uapi.flags import Faultability
 from gmem.uapi.pages import PAGE_SIZE, Gfn, PgOff, PgRange
 from gmem.vmm.core import effects as vx
 from gmem.vmm.core.invalidate import Notice
 from gmem.vmm.core.registry import VmRegistry
+from tests.sim.allocations import Allocations
 from tests.sim.memory import Access, Memory, Mix, guest_process, is_guest
-from tests.sim.world import Answer, Outcome, Task, World
+from tests.sim.world import Answer, Outcome, World, outcome_of
 
 GUEST_MEMFD_KEY: Final = "guest_memfd"
 GUEST_PID: Final = 4711
 VMM_TARGET: Final = "vmm-0"
+_MEANT: Final = {None: None, False: Faultability.GUEST, True: Faultability.ALL}
 ASKS_MAX: Final = 64
 """Folios asked for one access, each taken away again before it was used."""
 
@@ -80,9 +86,7 @@ class Host:
         self.memory = Memory(world)
         # Whose claim at the allocator is not guest_memfd's.
         self.hog = memory.reserve(PAGE_SIZE, 1, owner="hog")
-        # Folios between the services: of requests under way, by the request.
-        self.in_flight: dict[int, tuple[Folio, ...]] = {}
-        self.restructuring: dict[int, Folio] = {}
+        self.allocations = Allocations(world, memory)
         # Who wants to hear of a finished conversion.
         self.on_converted: Callable[[list[ByteRange], Faultability], None] = (
             lambda ranges, to: None
@@ -92,7 +96,6 @@ class Host:
         # What is mapped where: by guest process and window; by the clients.
         self._windows: dict[tuple[str, int], Window] = {}
         self.client_views: dict[int, None] = {}
-        self._keys = 0
         world.performers.local.update(self._local())
         world.performers.remote.update(self._of_guest_memfd())
         world.performers.remote.update(self._of_vmm())
@@ -103,6 +106,7 @@ class Host:
             vx.UnmapWindow: self._unmap_window,
             vx.RequireDescriptor: _nothing,
             # No history waits for holders, and none has a crash to recover from.
+            fx.ScheduleMerge: self._schedule_merge,
             fx.TellReleased: _nothing,
             fx.DisarmLease: _nothing,
             fx.Record: _nothing,
@@ -116,12 +120,6 @@ class Host:
         return {
             **blocking,
             fx.RemoveInode: self._remove_inode,
-            fx.Reserve: self._reserve,
-            fx.Allocate: self._allocate,
-            fx.Split: self._split,
-            fx.Reconstruct: self._reconstruct,
-            fx.Free: self._free,
-            fx.Unreserve: self._unreserve,
             fx.InvalidateBegin: partial(self._upcall, True),
             fx.InvalidateEnd: partial(self._upcall, False),
         }
@@ -137,7 +135,9 @@ class Host:
             vx.StartGuest: lambda _, answer: self._soon(answer, GUEST_PID),
             vx.EndGuest: self._end_guest,
             vx.MapUserspace: self._map_userspace,
-            vx.MapGuestView: self._map_guest_view,
+            vx.MapGuestView: partial(self._map_view, ViewKind.GUEST),
+            vx.MapHostView: partial(self._map_view, ViewKind.HOST),
+            vx.IdentifyDescriptor: self._identify,
             # Of the scripts.
             Ask: self._ask,
             Touch: self._touch,
@@ -145,75 +145,6 @@ class Host:
                 e.ticks, partial(answer, Outcome())
             ),
         }
-
-    # guest_memfd asks the allocator.
-
-    def _call_allocator(self, make: Callable[[], Any], answer: Answer) -> None:
-        def carry_out(done: Answer) -> None:
-            self.world.changed = True
-            done(_outcome(make))
-
-        self.world.call("host_allocator", carry_out, answer)
-
-    def _reserve(self, effect: fx.Reserve, answer: Answer) -> None:
-        reserve = self.allocator.reserve
-        self._call_allocator(
-            lambda: reserve(effect.page_size, effect.num_pages, None, effect.owner),
-            answer,
-        )
-
-    def _allocate(self, effect: fx.Allocate, answer: Answer) -> None:
-        key = self._key()
-
-        def make() -> tuple[Folio, ...]:
-            folios = self.allocator.allocate(
-                effect.handle, page_size=effect.page_size, nr_folios=effect.nr_folios
-            )
-            mine = tuple(Folio(f.pfn, f.order, f.node) for f in folios)
-            self.in_flight[key] = mine
-            return mine
-
-        self._call_allocator(make, self._landing(self.in_flight, key, answer))
-
-    def _free(self, effect: fx.Free, answer: Answer) -> None:
-        key = self._key()
-        self.in_flight[key] = effect.folios
-        if isinstance(self._asker(effect).previous, fx.Allocate):
-            self.world.marks["loser of an allocation race"] += 1
-
-        def make() -> None:
-            folios = [_host_folio(folio) for folio in effect.folios]
-            self.allocator.free(effect.handle, folios)
-            self.in_flight.pop(key, None)
-
-        self._call_allocator(make, answer)
-
-    def _split(self, effect: fx.Split, answer: Answer) -> None:
-        folio, key = _host_folio(effect.folio), self._key()
-        self.restructuring[key] = effect.folio
-        self._call_allocator(
-            lambda: self.allocator.split(effect.handle, folio),
-            self._landing(self.restructuring, key, answer),
-        )
-
-    def _reconstruct(self, effect: fx.Reconstruct, answer: Answer) -> None:
-        folio, key = _host_folio(effect.folio), self._key()
-        self.restructuring[key] = effect.folio
-        self.world.marks["reconstruct"] += 1
-        self._call_allocator(
-            lambda: self.allocator.reconstruct(effect.handle, folio, 1 << folio.order),
-            self._landing(self.restructuring, key, answer),
-        )
-
-    def _unreserve(self, effect: fx.Unreserve, answer: Answer) -> None:
-        self._call_allocator(lambda: self.allocator.unreserve(effect.handle), answer)
-
-    def _landing(self, flights: dict[int, Any], key: int, answer: Answer) -> Answer:
-        def landed(outcome: Outcome) -> None:
-            flights.pop(key, None)
-            answer(outcome)
-
-        return landed
 
     # guest_memfd tells the vmm: sent once, never lost, never refused.
 
@@ -250,7 +181,14 @@ class Host:
 
     def _create_file(self, effect: vx.CreateFile, answer: Answer) -> None:
         options = InodeOptions(
-            effect.size, effect.page_size, effect.lineage, vm=effect.vm
+            effect.size,
+            effect.page_size,
+            effect.lineage,
+            vm=effect.vm,
+            support_shared=effect.support_shared,
+            init_private=effect.init_private,
+            mmap=effect.mmap,
+            init_shared=effect.init_shared,
         )
 
         def op() -> Op[str]:
@@ -261,9 +199,12 @@ class Host:
     def _bind(self, effect: vx.BindSlot, answer: Answer) -> None:
         pages = PgRange.of_bytes(effect.offset, effect.size)
         mix = Mix(int(effect.name), pages)
+        side = effect.userspace
+        userspace = UserspaceSide(side.st_ino, side.offset) if side else None
 
         def op() -> Op[bool]:
-            self.memory.mixes.append(mix)
+            if self.world.play.bind_resets:
+                self.memory.mixes.append(mix)
             try:
                 yield from self.guest_memfd.bind(
                     int(effect.name),
@@ -274,6 +215,7 @@ class Host:
                     size=effect.size,
                     host_faultable=effect.host_faultable,
                     vmm_target=VMM_TARGET,
+                    userspace=userspace,
                 )
             finally:
                 mix.until = self.world.now
@@ -293,13 +235,34 @@ class Host:
     def _get_pfn(self, effect: vx.GetPfn, answer: Answer) -> None:
         def op() -> Op[vx.Frame]:
             page = yield from self.guest_memfd.get_pfn(
-                int(effect.name), effect.vm, effect.slot, Gfn(effect.gfn)
+                int(effect.name),
+                effect.vm,
+                effect.slot,
+                Gfn(effect.gfn),
+                meant=_MEANT[effect.meant_shared],
+                nr_pages=effect.npages,
             )
-            if not isinstance(page, GuestPage):
-                self.world.broken(f"get_pfn of a private page answers {page}")
-            return vx.Frame(page.pfn, page.order)
+            return _frame(page)
 
         self._drive(f"get_pfn {effect.name} {effect.gfn:#x}", op, answer, once=False)
+
+    def _schedule_merge(self, effect: fx.ScheduleMerge) -> None:
+        self.world.marks["merge after the inode"] += 1
+        self.world.after_a_while(
+            lambda: self.world.start(
+                f"merge {effect.number}",
+                self.guest_memfd.merge(effect.number),
+                lambda _: None,
+            )
+        )
+
+    def convert_file(self, target: ByteRange, to: Faultability) -> Op[None]:
+        """Convert a file by its own ioctl."""
+        work = [target] if self._differs(target, to) else []
+        yield from self.guest_memfd.convert_ioctl(
+            target.inode, to, offset=target.offset, size=target.size, error_offset=0
+        )
+        self.on_converted(work, to)
 
     def _convert(self, effect: vx.Convert, answer: Answer) -> None:
         ranges = [ByteRange(int(r.name), r.offset, r.size) for r in effect.ranges]
@@ -359,11 +322,21 @@ class Host:
         window = Window(guest_process(effect.vm), number, ViewKind.HOST, pages)
         self._open(window, effect.vm, effect.window, answer)
 
-    def _map_guest_view(self, effect: vx.MapGuestView, answer: Answer) -> None:
+    def _map_view(
+        self,
+        view: ViewKind,
+        effect: vx.MapGuestView | vx.MapHostView,
+        answer: Answer,
+    ) -> None:
         pages = PgRange.of_bytes(effect.offset, effect.size)
         number = int(effect.name)
-        window = Window(guest_process(effect.vm), number, ViewKind.GUEST, pages)
+        window = Window(guest_process(effect.vm), number, view, pages)
         self._open(window, effect.vm, effect.window, answer)
+
+    def _identify(self, effect: vx.IdentifyDescriptor, answer: Answer) -> None:
+        # A descriptor is called after the inode whose host view it is.
+        number = int(effect.descriptor)
+        self._soon(answer, vx.FileIdentity(0, number, effect.offset))
 
     def _open(self, window: Window, vm: str, number: int, answer: Answer) -> None:
         def opened(outcome: Outcome) -> None:
@@ -457,42 +430,32 @@ class Host:
     ) -> None:
         def act() -> None:
             self.world.changed = True
-            outcome = _outcome(lambda: handler(effect))
+            outcome = outcome_of(lambda: handler(effect))
             self.world.after_a_while(partial(answer, outcome))
 
         self.world.after_a_while(act)
 
     def _remove_inode(self, effect: fx.RemoveInode, answer: Answer) -> None:
-        if self._asker(effect).name.startswith("unpin"):
+        if self.world.asker(effect).name.startswith("unpin"):
             self.world.marks["evict after the last pin"] += 1
         self._blocking(self.memory.blocking[fx.RemoveInode], effect, answer)
-
-    def _asker(self, effect: Effect[Any]) -> Task:
-        return next(t for t in self.world.tasks.values() if t.effect is effect)
 
     def _soon(self, answer: Answer, value: object = None) -> None:
         self.world.after_a_while(partial(answer, Outcome(value)))
 
-    def _key(self) -> int:
-        self._keys += 1
-        return self._keys
+
+def _frame(page: GuestPage | WrongAccess) -> vx.Frame:
+    match page:
+        case GuestPage(pfn=pfn, order=order, shared=shared, nr_pages=nr_pages):
+            return vx.Frame(pfn, order, shared=shared, npages=nr_pages)
+        case WrongAccess():
+            return vx.Frame(0, 0, matches=False)
 
 
 def _nothing(effect: Effect[Any]) -> None:
     """Answer what nobody in this world is interested in."""
 
 
-def _outcome(make: Callable[[], Any]) -> Outcome:
-    try:
-        return Outcome(make())
-    except KernelError as error:
-        return Outcome(error=error)
-
-
 def _deferred(make: Callable[[], Op[Any]]) -> Op[Any]:
     """Make the operation in its own first step, where a refusal is its outcome."""
     return (yield from make())
-
-
-def _host_folio(folio: Folio) -> HostFolio:
-    return HostFolio(folio.pfn, folio.order, folio.node)

@@ -12,18 +12,11 @@ from gmem.effects import Op, perform
 from gmem.guest_memfd.core.values import ViewKind
 from gmem.host_allocator.core.values import Folio
 from gmem.uapi.errors import NoSuchObject
-from gmem.uapi.flags import (
-    KVM_GUEST_MEMFD_HUGE_SHIFT,
-    KVM_MEM_GUEST_MEMFD,
-    RFC_V1_HUGE_PAGES,
-    MemoryAttribute,
-    VmType,
-)
-from gmem.uapi.lineage import Lineage
+from gmem.uapi.flags import KVM_MEM_GUEST_MEMFD, VmType
 from gmem.uapi.pages import PAGE_SIZE, PgRange
 from gmem.vmm.core.create import create_guest_memfd
 from gmem.vmm.core.memslots import Memslot, Region, Userspace
-from gmem.vmm.core.set_attributes import set_memory_attributes
+from gmem.vmm.core.set_attributes import convert_memory
 from gmem.vmm.core.set_region import set_user_memory_region2
 from gmem.vmm.core.vm import Vm
 from tests.sim.host import Ask, Host, Wait
@@ -119,7 +112,7 @@ class Machines:
         vm: Vm = yield from self.ask(
             "vmm",
             f"create vm {name}",
-            lambda: self.host.vmm.create(name, VmType.SW_PROTECTED, Lineage.RFC_V1),
+            lambda: self.host.vmm.create(name, VmType.SW_PROTECTED, self.world.lineage),
         )
         machine = Machine(vm)
         self.machines.append(machine)
@@ -133,10 +126,11 @@ class Machines:
             yield from self.set_attributes(machine, machine.all_gfns, private=True)
 
     def _create_file(self, vm: Vm, nr_pages: int) -> Op[File]:
-        flags = 0
-        if self.shape.page_size != PAGE_SIZE:
-            log = self.shape.page_size.bit_length() - 1
-            flags = RFC_V1_HUGE_PAGES | log << KVM_GUEST_MEMFD_HUGE_SHIFT
+        play = self.world.play
+        file_flags = play.file_flags[0]
+        if len(play.file_flags) > 1:
+            file_flags = self.world.random.choice(play.file_flags)
+        flags = play.flags(self.shape.page_size, file_flags)
         size = nr_pages * PAGE_SIZE
         made: str = yield from self.ask(
             "vmm", "create file", lambda: create_guest_memfd(vm, size, flags)
@@ -243,14 +237,13 @@ class Machines:
     def set_attributes(
         self, machine: Machine, gfns: PgRange, *, private: bool
     ) -> Op[None]:
-        """Convert guest frames."""
+        """Convert guest frames, as a VMM of the lineage does."""
         name = machine.vm.name
-        wanted = MemoryAttribute.PRIVATE if private else MemoryAttribute.SHARED
         yield from self.ask(
             "vmm",
             f"{'private' if private else 'shared'} {gfns}",
-            lambda: set_memory_attributes(
-                self.host.vmm.get(name), gfns.offset, gfns.size, attributes=wanted
+            lambda: convert_memory(
+                self.host.vmm.get(name), gfns.offset, gfns.size, private=private
             ),
         )
 

@@ -7,6 +7,7 @@ and when. Whoever reads a tag that was not meant for it has seen what it must no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -75,6 +76,11 @@ class Memory:
         self.tables: dict[int, Table] = {}
         self.tags: dict[int, Tag] = {}
         self.mixes: list[Mix] = []
+        # The last bytes of a page, where they must outlive conversions.
+        self.written: dict[tuple[int, int], Tag] = {}
+        self._punches: list[tuple[int, PgRange]] = []
+        # What punches that are over have destroyed.
+        self.punched: dict[Tag, None] = {}
         self._world = world
         world.performers.local.update(
             {
@@ -118,9 +124,24 @@ class Memory:
             frame = table.mapped[view][who, pgoff]
         # A store is one of a load and an increment: both see what was there.
         self._require_meant(self.tags.get(frame), inode, pgoff, view)
+        self._require_kept(self.tags.get(frame), inode, pgoff)
         if write:
-            self.tags[frame] = Tag(inode, pgoff, view, self._world.now)
+            self._write(frame, Tag(inode, pgoff, view, self._world.now))
         return Access.SERVED
+
+    def _write(self, frame: int, tag: Tag) -> None:
+        self.tags[frame] = tag
+        punched = any(
+            tag.inode == inode and tag.pgoff in pages for inode, pages in self._punches
+        )
+        if self._world.play.keeps_content and not punched:
+            self.written[tag.inode, tag.pgoff] = tag
+
+    def _require_kept(self, tag: Tag | None, inode: int, pgoff: int) -> None:
+        """Check that no conversion has lost the last bytes of a page."""
+        last = self.written.get((inode, pgoff))
+        if last is not None and tag != last:
+            self._world.broken(f"{last} is lost: {inode}, {pgoff:#x} shows {tag}")
 
     def _fault(self, table: Table, who: str, view: ViewKind, pgoff: int) -> Access:
         state = PageState(table.views[view][pgoff])
@@ -150,23 +171,46 @@ class Memory:
             )
 
     def _may_cross(self, tag: Tag) -> bool:
-        return any(
+        return self._world.play.keeps_content or any(
             mix.inode == tag.inode
             and tag.pgoff in mix.pages
             and (mix.until is None or mix.until >= tag.time)
             for mix in self.mixes
         )
 
-    def require_hole(self, inode: int, pages: PgRange, before: int) -> None:
-        """Check that no byte written before a punch began can be read after it."""
-        table = self.tables.get(inode)
+    @contextmanager
+    def punching(self, inode: int, pages: PgRange) -> Iterator[None]:
+        """While this lasts the pages may lose their bytes at any moment."""
+        punch = inode, pages
+        self._punches.append(punch)
+        for key in [k for k in self.written if k[0] == inode and k[1] in pages]:
+            del self.written[key]
+        try:
+            yield
+        finally:
+            self._punches.remove(punch)
+
+    def note_hole(self, inode: int, pages: PgRange, before: int) -> None:
+        """Note that a punch is over: no byte written before it began may be seen."""
+        for tag in self.tags.values():
+            if tag.inode == inode and tag.pgoff in pages and tag.time < before:
+                self.punched[tag] = None
+
+    def readable(self) -> Iterator[tuple[int, int, Tag]]:
+        """Yield inode and page of every tag that a load of the page would see."""
+        units = {
+            frame: (number, table, index)
+            for number, table in self.tables.items()
+            for index, frame in table.frames.items()
+        }
+        order = max((table.order for table in self.tables.values()), default=0)
         for frame, tag in self.tags.items():
-            if tag.inode != inode or tag.pgoff not in pages or tag.time >= before:
-                continue
-            if table is None or table.frame_of(tag.pgoff) != frame:
-                continue
-            if table.uptodate[tag.pgoff]:
-                self._world.broken(f"{tag} survived a punch of {pages}")
+            first = frame >> order << order
+            if first in units:
+                number, table, index = units[first]
+                pgoff = index + frame - first
+                if table.uptodate[pgoff]:
+                    yield number, pgoff, tag
 
     def drop_mappings(self, who: str, inode: int, pages: PgRange) -> None:
         """MADV_DONTNEED or munmap by one process."""
@@ -294,7 +338,8 @@ class Memory:
 
     def _read_descriptor(self, effect: fx.ReadDescriptor) -> None:
         for pgoff, frame in _frames(self.tables[effect.inode], effect.pages):
-            self.tags[frame] = Tag(effect.inode, pgoff, ViewKind.GUEST, self._world.now)
+            tag = Tag(effect.inode, pgoff, ViewKind.GUEST, self._world.now)
+            self._write(frame, tag)
 
 
 def guest_process(vm: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from gmem.uapi.lineage import Lineage
 from tests.support.sources import REPOSITORY
 
 SERVICES: Final = REPOSITORY / "services"
@@ -19,11 +20,15 @@ SERVICES: Final = REPOSITORY / "services"
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """In module `module`, the text `old` (which is there once) becomes `new`."""
+    """In module `module`, the text `old` (which is there once) becomes `new`.
+
+    Histories of `lineage` find it.
+    """
 
     module: str
     old: str
     new: str
+    lineage: Lineage = Lineage.RFC_V1
 
     @property
     def path(self) -> Path:
@@ -142,6 +147,30 @@ MUTANTS: Final[dict[str, Mutant]] = {
         """        pass
     yield from withdraw_value(inode, pages, Faultability.GUEST)
     freed""",
+    ),
+    "a conversion forgets what was in a page": Mutant(
+        "gmem.guest_memfd.core.restructure",
+        "        if not keeps_content:\n",
+        "        if True:\n",
+        Lineage.RFC_V2,
+    ),
+    "a folio that a dead inode left is lost": Mutant(
+        "gmem.guest_memfd.core.deferred",
+        "        return number if merge.ready else None\n",
+        "        return None\n",
+        Lineage.RFC_V2,
+    ),
+    "pages that become private are not unmapped": Mutant(
+        "gmem.guest_memfd.core.conversion_exact",
+        "        yield from perform(QuiesceView(item.inode.number, item.pages))\n",
+        "        yield from ()\n",
+        Lineage.RFC_V2,
+    ),
+    "a failed conversion is not undone": Mutant(
+        "gmem.guest_memfd.core.conversion_exact",
+        "            yield from _execute_back(item, opposite(to))\n",
+        "            yield from ()\n",
+        Lineage.RFC_V2,
     ),
     "a huge folio is not made whole before Free": Mutant(
         _FOLIOS,

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.sim.campaign import SOMETIMES, run
+from gmem.uapi.lineage import Lineage
+from tests.sim.campaign import run
+from tests.sim.lineages import PLAYS, lineage_of
 from tests.sim.mutants import MUTANTS
 from tests.sim.options import Options
 from tests.support.sources import REPOSITORY
 
-BLOCKS = 4
 # Fewer seeds than these say nothing about what is seen sometimes.
 SEEDS_MIN = 200
 
@@ -32,36 +33,47 @@ def sim(*arguments: str, hash_seed: str = "random") -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("lineage", PLAYS)
 def test_world_stays_consistent_then_converges(
-    block: int, request: pytest.FixtureRequest, report_line: Callable[[str], None]
+    lineage: Lineage,
+    request: pytest.FixtureRequest,
+    report_line: Callable[[str], None],
 ) -> None:
     first = request.config.getoption("--first-seed")
     seeds = range(first, first + request.config.getoption("--seeds"))
+    mine = [seed for seed in seeds if lineage_of(seed) is lineage]
     marks: Counter[str] = Counter()
-    for seed in seeds[block::BLOCKS]:
+    for seed in mine:
         history = run(seed)
+        assert history.lineage is lineage
         assert not history.failure, f"{history.failure}\n{history.replay}"
         marks += history.marks
-    counts = ", ".join(f"{marks[mark]} {mark}" for mark in SOMETIMES)
-    report_line(f"sim, seeds {seeds[0]} to {seeds[-1]}, {block + 1}/{BLOCKS}: {counts}")
+    counts = ", ".join(f"{marks[mark]} {mark}" for mark in PLAYS[lineage].sometimes)
+    report_line(f"sim, {lineage}, {len(mine)} of {seeds}: {counts}")
 
 
-def test_the_fixed_seeds_reach_what_they_are_there_for() -> None:
+@pytest.mark.parametrize("lineage", PLAYS)
+def test_the_fixed_seeds_reach_what_they_are_there_for(lineage: Lineage) -> None:
     marks: Counter[str] = Counter()
+    sometimes = PLAYS[lineage].sometimes
     for seed in range(SEEDS_MIN):
-        marks += run(seed).marks
-        if all(marks[mark] for mark in SOMETIMES):
+        marks += run(seed, lineage=lineage).marks
+        if all(marks[mark] for mark in sometimes):
             return
-    never = [mark for mark in SOMETIMES if not marks[mark]]
+    never = [mark for mark in sometimes if not marks[mark]]
     pytest.fail(f"{SEEDS_MIN} seeds never saw {never}")
 
 
 def test_one_seed_is_one_history() -> None:
     seeds = range(12)
-    here = "".join(f"{seed} {run(seed).trace_hash}\n" for seed in seeds)
-    assert here == "".join(f"{seed} {run(seed).trace_hash}\n" for seed in seeds)
-    assert len({line.split()[1] for line in here.splitlines()}) == len(seeds)
+
+    def hashes() -> str:
+        histories = [run(seed) for seed in seeds]
+        return "".join(f"{h.seed} {h.lineage} {h.trace_hash}\n" for h in histories)
+
+    here = hashes()
+    assert here == hashes()
+    assert len({line.split()[2] for line in here.splitlines()}) == len(seeds)
 
     for hash_seed in ("0", "1", "random"):
         again = sim("--seeds", str(len(seeds)), "--hash", hash_seed=hash_seed)
@@ -75,17 +87,18 @@ def test_no_fault_is_on_unless_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_world_breaks_within_200_seeds_when(mutant: str) -> None:
-    ended = sim("--seeds", str(SEEDS_MIN), "--mutant", mutant)
+    lineage = MUTANTS[mutant].lineage
+    ended = sim("--seeds", str(SEEDS_MIN), "--lineage", lineage, "--mutant", mutant)
 
     # The replay line stands last, and nothing but the invariant stands before it.
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert ended.stderr == ""
     found, replay = ended.stdout.splitlines()
     assert "Error: " in found
-    seed = replay.removeprefix("python -m tests.sim --seed ")
+    seed = replay.removeprefix(f"python -m tests.sim --lineage {lineage} --seed ")
     assert 0 <= int(seed) < SEEDS_MIN
     # It is the mutant that broke it.
-    assert sim("--seed", seed).returncode == 0
+    assert sim("--seed", seed, "--lineage", lineage).returncode == 0
 
 
 def test_a_mutant_whose_text_has_gone_is_an_error() -> None:
@@ -97,8 +110,8 @@ def test_a_mutant_whose_text_has_gone_is_an_error() -> None:
 def test_a_failing_seed_prints_one_replay_line_that_works() -> None:
     name = "a view is closed but not unmapped"
     found = sim("--seeds", "50", "--mutant", name).stdout.splitlines()
-    seed = found[-1].rpartition(" ")[2]
+    replay = found[-1].removeprefix("python -m tests.sim ").split()
 
-    again = sim("--seed", seed, "--mutant", name)
+    again = sim(*replay, "--mutant", name)
     assert again.stdout.splitlines() == found
-    assert sim("--seed", seed).returncode == 0
+    assert sim(*replay).returncode == 0

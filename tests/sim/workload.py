@@ -14,9 +14,11 @@ from typing import Final, TypeAlias
 from gmem.effects import Op, perform
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import HoldKind, ViewKind
+from gmem.uapi.errors import Contended
 from gmem.uapi.flags import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
+    Faultability,
 )
 from gmem.uapi.pages import PAGE_SIZE, PgRange
 from gmem.vmm.core.exits import Access, Mapped, MemoryFault, Retry
@@ -89,6 +91,8 @@ class Workload(Machines):
             self.remote,
             self.dontneed,
         ]
+        if self.world.play.in_place:
+            actions += [self.convert_file] * 4
         if self.world.options.endings:
             actions += [*[self.close] * 2, self.delete_slot, self.delete_vm, self.kill]
         self._run(random.choice(actions), machine)
@@ -208,10 +212,15 @@ class Workload(Machines):
         mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
         def op() -> Op[None]:
-            yield from self.host.guest_memfd.fallocate(
-                number, mode, pages.offset, pages.size
-            )
-            self.host.memory.require_hole(number, pages, before)
+            memory = self.host.memory
+            fallocate = self.host.guest_memfd.fallocate
+            with memory.punching(number, pages):
+                try:
+                    yield from fallocate(number, mode, pages.offset, pages.size)
+                except Contended:
+                    self.world.marks["refused punch"] += 1
+                    raise
+            memory.note_hole(number, pages, before)
 
         yield from self.ask("guest_memfd", f"punch {number} {pages}", op)
 
@@ -285,6 +294,19 @@ class Workload(Machines):
         if private and not self.world.chance(self.world.options.rude):
             self.forget(machine, gfns)
         yield from self.set_attributes(machine, gfns, private=private)
+
+    def convert_file(self, machine: Machine) -> Op[None]:
+        """Convert pages of a file by its own ioctl, memslot or not."""
+        random = self.world.random
+        file = random.choice(machine.files)
+        pages = self._pick(PgRange(0, file.nr_pages))
+        target = ByteRange(file.number, pages.offset, pages.size)
+        to = random.choice(list(Faultability))
+        yield from self.ask(
+            "guest_memfd",
+            f"ioctl {target} {to.name}",
+            lambda: self.host.convert_file(target, to),
+        )
 
     def guest_access(self, machine: Machine) -> Op[None]:
         """Load or store as a vCPU, through stage 2; the default policy converts."""

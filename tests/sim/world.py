@@ -19,6 +19,8 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 from gmem.effects import Acquire, Effect, Lock, Op, Release, Ticket
 from gmem.uapi.errors import KernelError
+from gmem.uapi.lineage import Lineage
+from tests.sim.lineages import PLAYS, lineage_of
 from tests.sim.options import Options
 
 DELAY_MAX: Final = 40
@@ -34,6 +36,14 @@ class Outcome:
 
     value: Any = None
     error: KernelError | None = None
+
+
+def outcome_of(make: Callable[[], Any]) -> Outcome:
+    """Call `make`; what a core refuses is an outcome too."""
+    try:
+        return Outcome(make())
+    except KernelError as error:
+        return Outcome(error=error)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,8 +107,15 @@ class Performers:
 class World:
     """The clock, the messages under way, and the tasks that have begun."""
 
-    def __init__(self, seed: int, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        options: Options | None = None,
+        lineage: Lineage | None = None,
+    ) -> None:
         self.seed = seed
+        self.lineage = lineage_of(seed) if lineage is None else lineage
+        self.play = PLAYS[self.lineage]
         self.random = Random(seed)
         self.options = Options.draw(self.random) if options is None else options
         self.performers = Performers()
@@ -211,6 +228,10 @@ class World:
         for granted in lock.release(ticket):
             waiter = self._waiting.pop(granted)
             self.later(1, partial(self.resume, waiter, Outcome(granted)))
+
+    def asker(self, effect: Effect[Any]) -> Task:
+        """Return the task that waits for an effect."""
+        return next(task for task in self.tasks.values() if task.effect is effect)
 
     def abandon(self) -> None:
         """End all tasks of a history that failed: each has locks to give back."""

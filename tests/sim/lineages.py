@@ -1,0 +1,98 @@
+"""What histories of each lineage do, and what their checkers demand: one row for each.
+
+Written from the series, not read from the tables of the cores: a row that is wrong
+there must not be wrong here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from gmem.uapi.flags import (
+    GUEST_MEMFD_FLAG_INIT_PRIVATE,
+    GUEST_MEMFD_FLAG_SUPPORT_SHARED,
+    GUESTMEM_HUGE_SHIFT,
+    KVM_GUEST_MEMFD_HUGE_SHIFT,
+    RFC_V1_HUGE_PAGES,
+    RFC_V2_HUGE_PAGES,
+)
+from gmem.uapi.lineage import Lineage
+from gmem.uapi.pages import PAGE_SIZE
+
+_ALWAYS: Final = (
+    "refused conversion",
+    "rollback after a failed split",
+    "reconstruct",
+    "lost reply",
+    "reply from memory",
+    "loser of an allocation race",
+    "guest access served",
+    "refused: POOL_EMPTY",
+    "refused: VMEMMAP_RESTORE_FAILED",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """How a lineage is played.
+
+    `huge_flag` and `huge_shift` make the flag word of a huge page size; each file has
+    one of `file_flags` beside. `in_place`: the file itself says which pages are shared,
+    has ioctls that convert it, and is what the guest's shared accesses reach.
+    `keeps_content`: the bytes of a page outlive a conversion. `rounds_out`: making a
+    part of a folio private can make it whole. `bind_resets`: a bind overwrites what was
+    shared and private. `sometimes`: what a campaign must have seen; without it, it
+    proves nothing about it.
+    """
+
+    huge_flag: int
+    huge_shift: int
+    file_flags: tuple[int, ...]
+    in_place: bool
+    keeps_content: bool
+    rounds_out: bool
+    bind_resets: bool
+    sometimes: tuple[str, ...]
+
+    def flags(self, page_size: int, file_flags: int) -> int:
+        """Return the flag word of KVM_CREATE_GUEST_MEMFD."""
+        if page_size == PAGE_SIZE:
+            return file_flags
+        log = page_size.bit_length() - 1
+        return file_flags | self.huge_flag | log << self.huge_shift
+
+
+PLAYS: Final[Mapping[Lineage, Play]] = {
+    Lineage.RFC_V1: Play(
+        huge_flag=RFC_V1_HUGE_PAGES,
+        huge_shift=KVM_GUEST_MEMFD_HUGE_SHIFT,
+        file_flags=(0,),
+        in_place=False,
+        keeps_content=False,
+        rounds_out=False,
+        bind_resets=True,
+        sometimes=(*_ALWAYS, "evict after the last pin"),
+    ),
+    Lineage.RFC_V2: Play(
+        huge_flag=RFC_V2_HUGE_PAGES,
+        huge_shift=GUESTMEM_HUGE_SHIFT,
+        file_flags=(
+            GUEST_MEMFD_FLAG_SUPPORT_SHARED,
+            GUEST_MEMFD_FLAG_SUPPORT_SHARED | GUEST_MEMFD_FLAG_INIT_PRIVATE,
+        ),
+        in_place=True,
+        keeps_content=True,
+        rounds_out=True,
+        bind_resets=False,
+        sometimes=(*_ALWAYS, "merge after the inode", "refused punch"),
+    ),
+}
+"""Every lineage that can be played; `lineage_of` deals seeds to them in turn."""
+
+
+def lineage_of(seed: int) -> Lineage:
+    """Return the lineage of a seed, where nobody asks for one."""
+    lineages = list(PLAYS)
+    return lineages[seed % len(lineages)]
