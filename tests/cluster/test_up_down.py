@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from tests.support.gmemctl import Gmemctl, gmemctl
 from tests.support.hosts import wait_until
 from tests.support.requirements import require_fuse, require_root
+from tests.support.view_world import python_environment
 
 SMALL = ("--nodes", "2", "--memory", "8G", "--pool", "1G:2@1", "--pool", "2M:8")
 SERVICES = ["host_allocator", "keeper", "guest_memfd", "vmm-0", "vmm-1"]
@@ -219,3 +221,21 @@ def test_a_run_dir_too_long_for_sockets_starts_nothing(ctl: Gmemctl) -> None:
     assert up.status == 2
     assert "UNIX socket" in up.err
     assert not Path(long).exists()
+
+
+@pytest.mark.parametrize("kind", ["host_allocator", "guest_memfd", "vmm"])
+def test_a_service_that_is_held_ends_with_whoever_holds_it(
+    kind: str, tmp_path: Path
+) -> None:
+    arguments = ("--run-dir", str(tmp_path), "--start-on-stdin", "1")
+    held = subprocess.Popen(
+        [sys.executable, "-m", f"gmem.{kind}", *arguments],
+        stdin=subprocess.PIPE,
+        env=python_environment(),
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        held.wait(0.5)
+    assert held.stdin is not None
+    held.stdin.close()
+    assert held.wait(60) == 0
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,10 @@
 
     host_allocator  ->  keeper  ->  guest_memfd  ->  vmm-0, vmm-1, ...
 
+Most of a start is the interpreter's, so those that come later are spawned with the
+first and *held*: they have everything loaded, and wait for a line on their stdin. When
+it closes instead, because we ended, they end.
+
 Each is a session of its own (a Ctrl-C at the terminal ends gmemctl, not the host) and
 writes JSON lines to `<run>/log/<service>.jsonl`. What cannot start says why in its log:
 that reason becomes the sentence, and everything started so far is stopped.
@@ -18,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from gmem.client import HostAllocatorClient
 from gmem.client.health import check_health
@@ -40,8 +44,11 @@ from gmem.uapi.errors import TransportError
 
 READY_SECONDS_MAX: Final = 60.0
 RESTARTS_MAX: Final = 5
-_POLL_SECONDS: Final = 0.05
+_POLL_SECONDS: Final = 0.02
 _REASON_CHARS_MAX: Final = 400
+_HELD: Final = "--start-on-stdin"
+
+_Child: TypeAlias = "subprocess.Popen[bytes]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +99,34 @@ async def start(
         )
         write_state(directory, state)
         directory.shape.write_text(plan.shape.model_dump_json(indent=2) + "\n")
-        try:
-            for name in _names(plan.nr_vmms):
-                state = await _start_one(directory, state, name)
-                tell(f"{name} answers, pid {state.services[-1].pid}")
-        except BaseException:
-            current = read_state(directory)
-            stopper.kill(directory, current or state)
-            raise
+        return await _start_all(directory, state, plan.nr_vmms, tell)
+
+
+async def _start_all(
+    directory: HostDirectory,
+    state: HostState,
+    nr_vmms: int,
+    tell: Callable[[str], None],
+) -> HostState:
+    names = _names(nr_vmms)
+    held: dict[str, _Child] = {}
+    try:
+        for name in names:
+            if name != "keeper":
+                held[name] = _spawn(
+                    directory, state, _service(directory, name, held=True)
+                )
+        for name in names:
+            child = held.pop(name, None)
+            state = await _start_one(directory, state, name, held=child)
+            tell(f"{name} answers, pid {state.services[-1].pid}")
+    except BaseException:
+        for child in held.values():
+            child.kill()
+            child.wait()
+        current = read_state(directory)
+        stopper.kill(directory, current or state)
+        raise
     return state
 
 
@@ -200,16 +227,19 @@ def _names(nr_vmms: int) -> list[str]:
 
 
 async def _start_one(
-    directory: HostDirectory, state: HostState, name: str, *, take_back: bool = False
+    directory: HostDirectory,
+    state: HostState,
+    name: str,
+    *,
+    take_back: bool = False,
+    held: _Child | None = None,
 ) -> HostState:
     """Start one service; return the state with it, written before it answers."""
     if name == "keeper":
         service = await _keeper(directory, state, take_back=take_back)
     else:
         service = _service(directory, name)
-    command = [sys.executable, "-m", *service.arguments]
-    user = None if state.uid < 0 or name == "keeper" else (state.uid, state.gid)
-    child = spawn(command, state.tag, directory.log(name), user)
+    child = held or _spawn(directory, state, service)
     process = record(name, child.pid)
     if process is not None:
         # Written at once: should this very process be killed now, `down` finds it.
@@ -217,8 +247,30 @@ async def _start_one(
             ServiceRecord(name, process.pid, process.start_time, service.target)
         )
         write_state(directory, state)
+    if held is not None:
+        _let_go(held)
     await _wait_ready(directory, service, child)
     return state
+
+
+def _spawn(directory: HostDirectory, state: HostState, service: _Service) -> _Child:
+    name = service.name
+    user = None if state.uid < 0 or name == "keeper" else (state.uid, state.gid)
+    return spawn(
+        [sys.executable, "-m", *service.arguments],
+        state.tag,
+        directory.log(name),
+        user,
+        stdin=subprocess.PIPE if _HELD in service.arguments else subprocess.DEVNULL,
+    )
+
+
+def _let_go(child: _Child) -> None:
+    """Let a held service start."""
+    assert child.stdin is not None
+    # One that could not even load its modules has ended: its log says why.
+    with contextlib.suppress(BrokenPipeError), child.stdin:
+        child.stdin.write(b"\n")
 
 
 async def _keeper(
@@ -240,10 +292,12 @@ async def _keeper(
     return _Service("keeper", arguments, "")
 
 
-def _service(directory: HostDirectory, name: str) -> _Service:
+def _service(directory: HostDirectory, name: str, *, held: bool = False) -> _Service:
     run_dir = ("--run-dir", str(directory.path))
     kind = name.partition("-")[0]
-    arguments = (f"gmem.{kind}", *run_dir, "--host", directory.host, "--name", name)
+    hold = (_HELD, "1") if held else ()
+    names = ("--host", directory.host, "--name", name)
+    arguments = (f"gmem.{kind}", *run_dir, *names, *hold)
     return _Service(name, arguments, f"unix:{directory.socket(name)}.sock")
 
 
@@ -286,10 +340,17 @@ async def _answers(service: _Service, log: Path, pid: int) -> bool:
             line.get("event") in ready and line.get("pid") == pid
             for line in log_lines(log)
         )
+    if not _listens(service):
+        return False
     try:
         return await check_health(service.target)
     except TransportError:
         return False
+
+
+def _listens(service: _Service) -> bool:
+    """Tell whether its socket is there: asking earlier only costs it time."""
+    return Path(service.target.removeprefix("unix:")).exists()
 
 
 def log_lines(log: Path) -> list[dict[str, object]]:

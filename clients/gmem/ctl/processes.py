@@ -68,18 +68,23 @@ def wait_gone(
 
 
 def spawn(
-    command: Sequence[str], tag: str, log: Path, user: tuple[int, int] | None = None
+    command: Sequence[str],
+    tag: str,
+    log: Path,
+    user: tuple[int, int] | None = None,
+    *,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a process that outlives this one, in a session of its own.
 
     What it writes goes to the end of `log`. `user` are uid and gid, where it is not to
-    run as ourselves.
+    run as ourselves. `stdin` may be a pipe to it.
     """
     uid, gid = user or (None, None)
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=output,
             cwd="/",

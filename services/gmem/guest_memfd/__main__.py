@@ -29,7 +29,7 @@ from gmem.runtime.broker import Broker
 from gmem.runtime.config import ServiceConfig
 from gmem.runtime.drive import Performer, wake_up_fd
 from gmem.runtime.log import logger
-from gmem.runtime.server import Runtime, open_journal, run_service
+from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.errors import TransportError
 
 EXIT_NO_KEEPER = 69
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Take the descriptors over and serve; return the exit status."""
     config = ServiceConfig.load("guest_memfd", argv)
     log.configure(service=config.name, host=config.host, level=config.log_level)
+    if not wait_for_start(config):
+        return 0
     try:
         kept = handover.connect(config.run_dir)
     except TransportError as error:

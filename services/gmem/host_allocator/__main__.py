@@ -17,7 +17,7 @@ from gmem.runtime import log
 from gmem.runtime.config import HostShape, ServiceConfig
 from gmem.runtime.journal import Journal, JournalRefusedError
 from gmem.runtime.log import logger
-from gmem.runtime.server import Runtime, open_journal, run_service
+from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.pages import format_size
 
 EXIT_USAGE = 2
@@ -31,6 +31,8 @@ def first_handle() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Boot the host's memory and serve it; return the exit status."""
     config = ServiceConfig.load("host_allocator", argv)
+    if not wait_for_start(config):
+        return 0
     try:
         shape = HostShape.load(config)
         memory = codec.host_memory(shape, first_handle=first_handle())

@@ -69,6 +69,8 @@ class ServiceConfig(BaseSettings):
     """How long a stop waits for calls and operations in progress."""
     concurrent_rpcs_max: int = Field(default=1024, gt=0)
     """More at once are refused with RESOURCE_EXHAUSTED."""
+    start_on_stdin: bool = False
+    """Start when a line comes on stdin, ready but for that: others start meanwhile."""
 
     @model_validator(mode="before")
     @classmethod

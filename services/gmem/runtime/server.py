@@ -207,6 +207,11 @@ async def serving(config: ServiceConfig, start: Start) -> AsyncIterator[Runtime]
         await runtime.close()
 
 
+def wait_for_start(config: ServiceConfig) -> bool:
+    """Return True when the service may start; False where nobody says so any more."""
+    return not config.start_on_stdin or bool(sys.stdin.buffer.readline())
+
+
 def run_service(config: ServiceConfig, start: Start) -> int:
     """Be the process of one service until it is told to stop; return the exit status.
 

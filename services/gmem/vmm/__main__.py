@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -13,7 +14,7 @@ from gmem.runtime.broker import Broker
 from gmem.runtime.config import ServiceConfig
 from gmem.runtime.drive import Performer
 from gmem.runtime.log import logger
-from gmem.runtime.server import Runtime, open_journal, run_service
+from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.errors import NoSuchObject, TransportError
 from gmem.vmm.core.registry import VmRegistry
 from gmem.vmm.core.rows import VmRows, restore
@@ -93,5 +94,11 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve VMs; return the exit status."""
+    config = ServiceConfig.load("vmm", argv)
+    return run_service(config, start) if wait_for_start(config) else 0
+
+
 if __name__ == "__main__":
-    sys.exit(run_service(ServiceConfig.load("vmm"), start))
+    sys.exit(main())
