@@ -170,7 +170,7 @@ def seeded(report_line: Callable[[str], None]) -> random.Random:
 @pytest.fixture
 def lasting_host() -> Iterator[Host]:
     """A host whose service is started again however often it dies."""
-    with running_host(restarts_max=1 << 20) as host:
+    with running_host(under="/dev/shm", restarts_max=1 << 20) as host:
         yield host
 
 

@@ -60,7 +60,7 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
     journal = runtime.use(open_journal(config))
     service = GuestMemfdService(config.host, broker, runtime.events, journal)
     fds = kept.fuse_fd, kept.mount_fd
-    session = ViewSession(*fds, store, service, wakers=[wake_up_fd()])
+    session = ViewSession(*fds, store, service, keep=[wake_up_fd(), *journal.fds])
     service.kept = kept
     allocator = _allocator(runtime)
     performer = Performer()

@@ -19,6 +19,8 @@ acknowledged any more, and `on_failure` hears the sentence.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
 import sqlite3
 import threading
 from collections import deque
@@ -39,6 +41,9 @@ BATCH_MAX: Final = 256
 """Transactions in one commit."""
 
 Changes: TypeAlias = Mapping[str, Any]
+
+_TMPFS_MAGIC: Final = 0x01021994
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +68,7 @@ class Request:
         """Add the rows of its reply to its changes; return when both are committed."""
         self.ended = True
         rows = {**self.journal.collect(), **rows}
-        await asyncio.wrap_future(self.journal.release(self.entry, rows))
+        await _ended(self.journal.release(self.entry, rows))
 
 
 _REQUEST: ContextVar[Request | None] = ContextVar("gmem_journal_request", default=None)
@@ -95,10 +100,18 @@ class Journal:
         self._failure: TransportError | None = None
         self._last = _finished()
         self.commits = 0
+        self._in_memory = is_in_memory(path)
+        self._writing = threading.Lock()
         self._thread = threading.Thread(
             target=self._write_all, name="journal", daemon=True
         )
-        self._thread.start()
+        if not self._in_memory:
+            self._thread.start()
+
+    @property
+    def fds(self) -> frozenset[int]:
+        """The descriptors that a thread needs to record, beside those of a waker."""
+        return self._file.fds if self._in_memory else frozenset()
 
     def below(self, prefix: str) -> dict[str, Any]:
         """Return the rows found at the start whose keys begin with `prefix`."""
@@ -146,6 +159,7 @@ class Journal:
             entry.changes.update(rows)
             entry.held = False
             self._changed.notify()
+        self._write_here()
         return entry.done
 
     def _append(self, entry: _Entry) -> _Entry:
@@ -157,13 +171,14 @@ class Journal:
             self._queue.append(entry)
             self._last = entry.done
             self._changed.notify()
+        self._write_here()
         return entry
 
     # Waiting.
 
     async def committed(self) -> None:
         """Return when all that was recorded before is on the disk. TransportError."""
-        await asyncio.wrap_future(self._last)
+        await _ended(self._last)
 
     def when_committed(self, done: Callable[[BaseException | None], None]) -> None:
         """Call `done` when all that was recorded before is on the disk.
@@ -176,26 +191,52 @@ class Journal:
 
     def _write_all(self) -> None:
         while batch := self._next_batch():
-            try:
-                self._file.write([e.changes for e in batch], self.revision())
-            except sqlite3.Error as error:
-                self._fail(batch, error)
+            if not self._write(batch):
                 return
-            self.commits += 1
-            for entry in batch:
-                entry.done.set_result(None)
 
     def _next_batch(self) -> list[_Entry]:
         """Wait for transactions that may be written; none at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._is_ready())
-            batch: list[_Entry] = []
-            while self._is_ready() and len(batch) < BATCH_MAX:
-                batch.append(self._queue.popleft())
-            return batch
+            return self._taken()
+
+    def _write_here(self) -> None:
+        """Write what may be written, unless another thread is at it: then it does."""
+        if not self._in_memory:
+            return
+        # Looked at again after each turn: what came too late for one found the lock
+        # taken, and was left to us.
+        while self._is_ready() and self._writing.acquire(blocking=False):
+            try:
+                with self._changed:
+                    batch = self._taken()
+                if batch:
+                    self._write(batch)
+            finally:
+                self._writing.release()
+
+    def _taken(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        while self._is_ready() and len(batch) < BATCH_MAX:
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _write(self, batch: list[_Entry]) -> bool:
+        try:
+            self._file.write([e.changes for e in batch], self.revision())
+        except sqlite3.Error as error:
+            self._fail(batch, error)
+            return False
+        self.commits += 1
+        for entry in batch:
+            entry.done.set_result(None)
+        return True
 
     def _is_ready(self) -> bool:
-        return bool(self._queue) and not self._queue[0].held
+        try:
+            return not self._queue[0].held
+        except IndexError:
+            return False
 
     def _fail(self, batch: list[_Entry], error: sqlite3.Error) -> None:
         failure = TransportError(
@@ -221,8 +262,30 @@ class Journal:
             for entry in self._queue:
                 entry.held = False
             self._changed.notify()
-        self._thread.join()
-        self._file.close()
+        if not self._in_memory:
+            self._thread.join()
+        with self._writing:
+            while batch := self._taken():
+                self._write(batch)
+            self._file.close()
+
+
+def is_in_memory(path: Path) -> bool:
+    """Tell whether a file lies on tmpfs, which a sync does not wait for."""
+    # struct statfs begins with f_type, a word.
+    found = (ctypes.c_long * 64)()
+    if _libc.statfs(os.fsencode(path), found) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    return int(found[0]) == _TMPFS_MAGIC
+
+
+async def _ended(future: Future[None]) -> None:
+    """Return when a commit is over; without a turn of the loop where it is."""
+    if future.done():
+        future.result()
+    else:
+        await asyncio.wrap_future(future)
 
 
 def _stopped() -> TransportError:

@@ -24,7 +24,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,7 @@ SCHEMA: Final = 1
 LOCKED_SECONDS_MAX: Final = 5.0
 _ACKED: Final = struct.Struct("<8sQI")
 _MAGIC: Final = b"gmemackd"
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 _TABLES: Final = (
     """CREATE TABLE rows (key TEXT PRIMARY KEY, value BLOB NOT NULL,
     seq INTEGER NOT NULL, sum INTEGER NOT NULL) WITHOUT ROWID""",
@@ -61,10 +62,66 @@ class Meta:
     @property
     def body(self) -> str:
         """The text of the row."""
-        # asdict() would copy each number deeply, at every commit.
-        return json.dumps(
-            {field.name: getattr(self, field.name) for field in fields(self)}
-        )
+        # Written at every commit: asdict() would copy each number deeply.
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
+
+class _Transaction:
+    """Changes that are written and not committed yet, and what they come to.
+
+    `sums` has the sum of each row that is changed, None for one that is gone; rows
+    and digest are those of the whole file with them.
+    """
+
+    __slots__ = ("_before", "_db", "digest", "rows", "seq", "sums")
+
+    def __init__(
+        self, db: sqlite3.Connection, before: Mapping[str, int], meta: Meta
+    ) -> None:
+        self._db = db
+        self._before = before
+        self.seq = meta.seq + 1
+        self.rows, self.digest = meta.rows, meta.digest
+        self.sums: dict[str, int | None] = {}
+
+    def change(self, key: str, value: object) -> None:
+        """Write one row; None removes it, and with a "/" at the end all below it."""
+        if key.endswith("/"):
+            self._remove_below(key)
+        if value is None:
+            self._remove(key)
+        else:
+            self._put(key, _encode(value))
+
+    def _put(self, key: str, data: bytes) -> None:
+        total = _row_sum(key, data, self.seq)
+        row = (key, data, self.seq, total)
+        self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", row)
+        self._count(key, total)
+
+    def _remove(self, key: str) -> None:
+        # Most rows that a core says are gone never were there.
+        if self._known(key) is not None:
+            self._db.execute("DELETE FROM rows WHERE key = ?", (key,))
+            self._count(key, None)
+
+    def _remove_below(self, prefix: str) -> None:
+        # "0" is the character after "/".
+        bounds = (prefix, prefix[:-1] + "0")
+        where = "FROM rows WHERE key >= ? AND key < ?"
+        gone = self._db.execute(f"SELECT key {where}", bounds).fetchall()
+        self._db.execute(f"DELETE {where}", bounds)
+        for (key,) in gone:
+            self._count(key, None)
+
+    def _known(self, key: str) -> int | None:
+        return self.sums[key] if key in self.sums else self._before.get(key)
+
+    def _count(self, key: str, total: int | None) -> None:
+        before = self._known(key)
+        self.rows += (total is not None) - (before is not None)
+        self.digest ^= (total or 0) ^ (before or 0)
+        self.sums[key] = total
 
 
 class JournalFile:
@@ -74,6 +131,8 @@ class JournalFile:
         """Open the journal of `service`, or make it. JournalRefusedError."""
         self.path = path
         self._acked_fd = -1
+        # The sum of each row: what it was before need not be read to be replaced.
+        self._sums: dict[str, int] = {}
         try:
             self._db = sqlite3.connect(
                 path,
@@ -96,6 +155,7 @@ class JournalFile:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA temp_store = MEMORY")
         # A short one that also takes the lock.
         self._db.execute("BEGIN IMMEDIATE")
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -141,11 +201,13 @@ class JournalFile:
         return Meta(**json.loads(found[0]))
 
     def _require_all_rows(self) -> None:
-        number = digest = 0
+        digest = 0
         for key, value, seq, total in self._db.execute("SELECT * FROM rows"):
             if _row_sum(key, value, seq) != total:
                 raise self._damaged(f"row {key!r} has another sum")
-            number, digest = number + 1, digest ^ total
+            self._sums[key] = total
+            digest ^= total
+        number = len(self._sums)
         if (number, digest) != (self.meta.rows, self.meta.digest):
             raise self._damaged(f"{self.meta.rows} rows were written, {number} found")
 
@@ -184,44 +246,54 @@ class JournalFile:
         """
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            meta = replace(self.meta, seq=self.meta.seq + 1, revision=revision)
+            transaction = _Transaction(self._db, self._sums, self.meta)
             for changes in batches:
                 for key, value in changes.items():
-                    meta = self._change(meta, key, value)
-            body = meta.body
-            self._db.execute(
-                "UPDATE meta SET body = ?, sum = ?", (body, _sum(body.encode()))
-            )
+                    transaction.change(key, value)
+            meta = self._write_meta(transaction, revision)
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-        self.meta = meta
+        self._committed(transaction, meta)
         self._write_acked()
 
-    def _change(self, meta: Meta, key: str, value: object) -> Meta:
-        meta = self._remove(meta, key)
-        if value is None:
-            return meta
-        data = _encode(value)
-        total = _row_sum(key, data, meta.seq)
-        row = (key, data, meta.seq, total)
-        self._db.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", row)
-        return replace(meta, rows=meta.rows + 1, digest=meta.digest ^ total)
+    def _write_meta(self, transaction: _Transaction, revision: int) -> Meta:
+        meta = Meta(
+            self.meta.schema,
+            self.meta.service,
+            self.meta.id,
+            transaction.seq,
+            revision,
+            transaction.rows,
+            transaction.digest,
+        )
+        body = meta.body
+        values = (body, _sum(body.encode()))
+        self._db.execute("UPDATE meta SET body = ?, sum = ?", values)
+        return meta
 
-    def _remove(self, meta: Meta, key: str) -> Meta:
-        where, bounds = "key = ?", (key,)
-        if key.endswith("/"):
-            # "0" is the character after "/".
-            where, bounds = "key >= ? AND key < ?", (key, key[:-1] + "0")  # type: ignore[assignment]
-        sums = self._db.execute(f"SELECT sum FROM rows WHERE {where}", bounds)  # noqa: S608 - one of two literals
-        number, digest = meta.rows, meta.digest
-        for (total,) in sums.fetchall():
-            number, digest = number - 1, digest ^ total
-        if number != meta.rows:
-            self._db.execute(f"DELETE FROM rows WHERE {where}", bounds)  # noqa: S608
-        return replace(meta, rows=number, digest=digest)
+    def _committed(self, transaction: _Transaction, meta: Meta) -> None:
+        self.meta = meta
+        for key, total in transaction.sums.items():
+            if total is None:
+                self._sums.pop(key, None)
+            else:
+                self._sums[key] = total
+
+    @property
+    def fds(self) -> frozenset[int]:
+        """The descriptors that writing needs: of the file, its WAL and its counter."""
+        file = str(self.path.resolve())
+        fds = {self._acked_fd}
+        for entry in Path("/proc/self/fd").iterdir():
+            # Names only, and no fstat: that of a view waits for who serves it. Others
+            # open and close theirs meanwhile.
+            with suppress(OSError):
+                if str(entry.readlink()) in {file, f"{file}-wal"}:
+                    fds.add(int(entry.name))
+        return frozenset(fds)
 
     def _write_acked(self) -> None:
         # Not synced: after a power cut it may be too low, which proves nothing less.
@@ -261,7 +333,7 @@ def _unusable(path: Path, error: sqlite3.OperationalError) -> str:
 def _encode(value: object) -> bytes:
     if isinstance(value, bytes):
         return b"b" + value
-    return b"j" + json.dumps(value, separators=(",", ":")).encode()
+    return b"j" + _ENCODER.encode(value).encode()
 
 
 def _decode(data: bytes) -> Any:

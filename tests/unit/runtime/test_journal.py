@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import pytest
 from gmem.api.host_allocator.v1.host_allocator_pb2 import ReserveResponse
 from gmem.api.types.v1.types_pb2 import RequestId
 from gmem.runtime import replies as replies_module
-from gmem.runtime.journal import Journal, JournalRefusedError
+from gmem.runtime.journal import Journal, JournalRefusedError, is_in_memory
 from gmem.runtime.replies import Replies
 from gmem.uapi.errors import BadRequest, Exhausted, Reason, TransportError
 from gmem.uapi.lineage import Lineage
@@ -47,9 +48,22 @@ asyncio.run(main())
 """
 
 
+WHERE = ("disk", "memory")
+both = pytest.mark.parametrize("path", WHERE, indirect=True)
+"""A thread writes on a disk; in memory whoever records does."""
+
+
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "test.db"
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    where = getattr(request, "param", "disk")
+    if where == "disk":
+        yield tmp_path / "test.db"
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / "test.db"
+        if not is_in_memory(path.parent):
+            pytest.skip("needs a tmpfs at /dev/shm")
+        yield path
 
 
 @pytest.fixture
@@ -92,6 +106,7 @@ def crashed(path: Path, into: Path, *transactions: dict[str, Any]) -> Path:
     return into / path.name
 
 
+@both
 def test_rows_are_there_again_with_the_revision_and_the_name(
     path: Path, opened: list[Journal]
 ) -> None:
@@ -110,6 +125,7 @@ def test_rows_are_there_again_with_the_revision_and_the_name(
     assert again.rows == {}
 
 
+@both
 def test_a_key_with_a_slash_removes_all_below_it_and_nothing_else(
     path: Path, opened: list[Journal]
 ) -> None:
@@ -117,6 +133,7 @@ def test_a_key_with_a_slash_removes_all_below_it_and_nothing_else(
     assert open_(path, opened).rows == {"a": 1, "a0": 5, "a.": 6}
 
 
+@both
 def test_transactions_that_wait_are_one_commit(
     path: Path, opened: list[Journal]
 ) -> None:
@@ -135,6 +152,7 @@ def test_transactions_that_wait_are_one_commit(
     assert journal.commits == commits + 1
 
 
+@both
 async def test_a_request_and_its_reply_are_one_transaction(path: Path) -> None:
     journal = Journal(path, "test")
     with journal.request() as request:
@@ -154,6 +172,7 @@ async def test_a_request_and_its_reply_are_one_transaction(path: Path) -> None:
     assert seqs["state"] == seqs["reply"] <= seqs["later"] < seqs["without"]
 
 
+@both
 async def test_who_waits_for_a_commit_and_goes_away_does_not_take_it_along(
     path: Path,
 ) -> None:
@@ -171,6 +190,7 @@ async def test_who_waits_for_a_commit_and_goes_away_does_not_take_it_along(
         assert journal.rows == {"a": 19, "reply": 19}
 
 
+@both
 def test_listeners_hear_of_the_commit_of_what_was_before(
     path: Path, opened: list[Journal]
 ) -> None:
@@ -196,6 +216,7 @@ def test_the_journal_of_another_service_is_refused(path: Path) -> None:
         Journal(path, "vmm")
 
 
+@both
 def test_a_disk_without_room_fails_what_waits_and_tells_the_service(
     path: Path, opened: list[Journal]
 ) -> None:
@@ -303,6 +324,7 @@ def test_a_file_that_is_missing_is_refused(
         Journal(source, "test")
 
 
+@both
 def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
     chance = random.Random(SEED)
     last = 0
@@ -358,6 +380,7 @@ async def never() -> ReserveResponse:
     raise AssertionError("carried out a second time")
 
 
+@both
 async def test_replies_and_refusals_survive_a_restart(path: Path) -> None:
     journal = Journal(path, "test")
     replies = Replies(journal)

@@ -55,8 +55,8 @@ class ViewSession:
 
     `fuse_fd` is the connection, `mount_fd` an O_PATH descriptor of the mount's root,
     `fault_wait_max` the seconds a READ may be parked. Threads start with `start()`;
-    `st_dev` is the device number of all views from then on. `wakers` are descriptors
-    by which threads of the session wake others of this process.
+    `st_dev` is the device number of all views from then on. `keep` are descriptors
+    that its callbacks need, beside those of the session: see `revokers`.
 
     From the event loop's thread only `add_inode`, `set_state` and `statistics` may be
     called; the others block. What revokes runs in `revokers`, whoever calls it.
@@ -71,7 +71,7 @@ class ViewSession:
         *,
         dispatchers: int = 4,
         fault_wait_max: float = FAULT_WAIT_MAX,
-        wakers: Iterable[int] = (),
+        keep: Iterable[int] = (),
     ) -> None:
         if dispatchers < DISPATCHERS_MIN:
             raise BadRequest(
@@ -82,7 +82,7 @@ class ViewSession:
         self._mount_fd = mount_fd
         self._store = store
         self._nodes: dict[int, ViewNode] = {}
-        self._kept = frozenset({fuse_fd, mount_fd, store.fd, *wakers})
+        self._kept = frozenset({fuse_fd, mount_fd, store.fd, *keep})
         self._counters = Counters()
         self._channel = Channel(fuse_fd)
         self._faults = Faults(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 from gmem.guest_memfd.view import revokers
 from gmem.guest_memfd.view.revokers import STANDARD_STREAMS, Revokers, is_bare
 from gmem.runtime.drive import wake_up_fd
+from gmem.runtime.journal import Journal, is_in_memory
 from gmem.uapi.errors import InUse
 
 
@@ -78,6 +80,25 @@ async def test_the_loop_can_be_woken_from_there() -> None:
     with running(1, wake_up_fd()) as threads:
         threads.submit(loop.call_soon_threadsafe, heard.set)
         await asyncio.wait_for(heard.wait(), 60)
+
+
+def test_a_journal_in_memory_is_written_from_there() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / "test.db"
+        if not is_in_memory(path.parent):
+            pytest.skip("needs a tmpfs at /dev/shm")
+        journal = Journal(path, "test")
+        # More than the WAL holds before its pages are moved into the file.
+        rows = {f"rows/{number}": ["x" * 500] for number in range(3000)}
+        with running(1, *journal.fds) as threads:
+            for key, row in rows.items():
+                threads.run(journal.record, {key: row})
+        assert journal.commits == len(rows)
+        journal.close()
+        again = Journal(path, "test")
+        assert again.rows == rows
+        again.close()
+    assert not is_in_memory(Path("/proc"))
 
 
 def test_after_the_end_nothing_is_revoked() -> None:
