@@ -67,6 +67,10 @@ class PageSet:
         """Yield the maximal runs of `pages`, in order, each with its membership."""
         if not pages:
             return
+        member = self._single(pages)
+        if member is not None:
+            yield pages, member
+            return
         first = self._flips.bisect_right(pages.start)
         member, start = first % 2 == 1, pages.start
         for flip in self._flips.islice(first):
@@ -78,10 +82,16 @@ class PageSet:
 
     def members(self, pages: PgRange) -> list[PgRange]:
         """Return the runs of members inside `pages`."""
+        member = self._single(pages)
+        if member is not None:
+            return [pages] if member else []
         return [run for run, member in self.runs(pages) if member]
 
     def holes(self, pages: PgRange) -> list[PgRange]:
         """Return the runs of pages inside `pages` that are no members."""
+        member = self._single(pages)
+        if member is not None:
+            return [] if member else [pages]
         return [run for run, member in self.runs(pages) if not member]
 
     @property
@@ -119,28 +129,50 @@ class PageSet:
         counted = sum(len(run) for run in self.members(PgRange(0, self.nr_pages)))
         assert counted == self.count, (counted, self.count)
 
+    def _single(self, pages: PgRange) -> bool | None:
+        """Tell whether all of `pages` are members, or none; None where some are.
+
+        Most ranges that are asked for are one run: this is the short way. Of no pages
+        at all it says None.
+        """
+        low = self._flips.bisect_right(pages.start)
+        if not pages or self._flips.bisect_left(pages.stop) > low:
+            return None
+        return low % 2 == 1
+
     def _flips_inside(self, pages: PgRange) -> int:
         """Count the flips strictly between the first and the last page's end."""
         low = self._flips.bisect_right(pages.start)
         return self._flips.bisect_left(pages.stop) - low
 
     def _assign(self, pages: PgRange, *, member: bool) -> None:
-        assert pages.stop <= self.nr_pages, (pages, self.nr_pages)
-        if not pages:
+        start, stop, flips = pages.start, pages.stop, self._flips
+        assert stop <= self.nr_pages, (pages, self.nr_pages)
+        if start == stop:
             return
-        changed = self.holes(pages) if member else self.members(pages)
-        before = self._flips.bisect_left(pages.start) % 2 == 1
-        after = self._flips.bisect_right(pages.stop) % 2 == 1
-        low = self._flips.bisect_left(pages.start)
-        high = self._flips.bisect_right(pages.stop)
+        low, high = flips.bisect_left(start), flips.bisect_right(stop)
+        # Flips lose their places one by one: what is before and behind has to be as
+        # it was, and in between nothing flips any more.
+        gone = list(flips[low:high]) if high > low else []
+        before, after = low % 2 == 1, high % 2 == 1
+        members = _members_between(start, stop, gone, member=before)
         if self._touched is not None:
             # What of it comes back, or is new, is at an end of the range.
-            self._touched.update(self._flips[low:high], (pages.start, pages.stop))
-        del self._flips[low:high]
-
+            self._touched.update(gone, (start, stop))
+        if gone:
+            del flips[low:high]
         if before != member:
-            self._flips.add(pages.start)
+            flips.add(start)
         if after != member:
-            self._flips.add(pages.stop)
-        delta = sum(len(run) for run in changed)
-        self.count += delta if member else -delta
+            flips.add(stop)
+        self.count += (stop - start - members) if member else -members
+
+
+def _members_between(start: int, stop: int, flips: list[int], *, member: bool) -> int:
+    """Count the members of `[start, stop)`, where `member` is what begins there."""
+    count = 0
+    for flip in flips:
+        if member:
+            count += flip - start
+        member, start = not member, flip
+    return count + (stop - start if member else 0)
