@@ -280,10 +280,10 @@ class Connection:
     async def _attempt(self, call: _Answered[Resp]) -> Resp:
         try:
             response = await call
-            self._learn(await call.initial_metadata())
+            self._learn(await call.trailing_metadata())
             return response
         except grpc.aio.AioRpcError as error:
-            self._learn(error.initial_metadata())
+            self._learn(error.trailing_metadata())
             raise
         finally:
             # grpc.aio does not cancel a call whose awaiting task was cancelled.
