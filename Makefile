@@ -54,7 +54,7 @@ demo: setup ## one VM with 1G pages from boot to teardown, in real processes
 	$(BIN)/gmemctl demo $(DEMO)
 
 .PHONY: test
-test: setup coverage sim cluster ## every test: with branch coverage of the cores
+test: setup coverage sim cluster conformance ## every test: with branch coverage of the cores
 
 .PHONY: check
 check: format-check lint types layers protos-lint quick ## the gate for each commit, under a minute
@@ -85,6 +85,10 @@ sim: setup ## does any interleaving break an invariant? SEEDS=1000 FIRST_SEED=0
 .PHONY: cluster
 cluster: setup ## do real processes agree?
 	$(call pytest,cluster,2400,-m cluster tests)
+
+.PHONY: conformance
+conformance: setup ## does an emulated host do what the list of docs/semantics.md says?
+	$(call pytest,conformance,1800,-m conformance tests/conformance)
 
 .PHONY: survival
 survival: setup ## is a killed service felt? KILLS=200

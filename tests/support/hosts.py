@@ -4,10 +4,8 @@
         async with host.clients() as (allocator, gmem):
             ...
 
-Whatever happens in the block, the host is stopped afterwards, and the end of the block
-fails when a process, a socket, a mount or a file of it is left. A watchdog aborts its
-FUSE connection when a test hangs. `Program` is a client process that maps views; every
-one still there is killed when the host ends.
+It is the host of gmem.testing with what our own tests need beside it. `Program` is a
+client process that maps views; every one still there is killed when the host ends.
 """
 
 from __future__ import annotations
@@ -15,14 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -36,30 +31,26 @@ from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.api.host_allocator.v1 import host_allocator_pb2 as allocator_pb
 from gmem.api.vmm.v1 import vmm_pb2
 from gmem.client import GuestMemfdClient, HostAllocatorClient
-from gmem.ctl import launcher, stopper
-from gmem.ctl.directories import HostDirectory
-from gmem.ctl.processes import exit_status
-from gmem.ctl.state import HostState, require_state
 from gmem.runtime import fdpass
-from gmem.runtime.config import HostShape, NodeShape
-from gmem.testing.leaks import wait_for_none
-from gmem.testing.watchdog import FuseWatchdog
+from gmem.runtime.config import HostShape
+from gmem.testing import hosts
+from gmem.testing.hosts import (
+    GONE_SECONDS_MAX,
+    HOST,
+    SMALL,
+    EmulatedHost,
+    wait_until,
+)
 from gmem.uapi.errors import KernelError, Reason, make_error
-from gmem.uapi.pages import SIZE_1G, SIZE_2M
+from gmem.uapi.pages import SIZE_2M
 from tests.support.requirements import require_fuse, require_root
 from tests.support.wire import Partial
 
+__all__ = ["HOST", "SMALL", "wait_until"]
+
 ROOT: Final = Path(__file__).parents[2]
-HOST: Final = "h"
 VM: Final = f"hosts/{HOST}/vms/v"
-SMALL: Final = HostShape(
-    nodes=(NodeShape(memory_size=6 * SIZE_1G, huge_pages={SIZE_1G: 3, SIZE_2M: 8}),)
-)
-"""One node of 6 GiB: three 1G pages, eight of 2M, the rest base memory."""
-FUSE_BOUND_SECONDS: Final = 90.0
-"""After that a test that hangs is freed; less than its timeout."""
 ANSWER_SECONDS_MAX: Final = 30.0
-GONE_SECONDS_MAX: Final = 20.0
 SIGBUS: Final = -signal.SIGBUS
 
 
@@ -137,51 +128,10 @@ class Program:
 
 
 @dataclass
-class Host:
-    """One running host; `connection_id` names its FUSE connection."""
+class Host(EmulatedHost):
+    """A running host with its clients and client processes."""
 
-    directory: HostDirectory
-    shape: HostShape
-    state: HostState
-    watchdog: FuseWatchdog
-    connection_id: int
     programs: list[Program] = field(default_factory=list)
-
-    @property
-    def run_dir(self) -> Path:
-        return self.directory.path
-
-    def target(self, service: str) -> str:
-        return self.state.service(service).target
-
-    def pid(self, service: str) -> int:
-        """The process that plays it now: the keeper starts guest_memfd again."""
-        return require_state(self.directory).service(service).pid
-
-    def repair(self) -> None:
-        """Start the keeper again, which was killed."""
-        self.state = asyncio.run(launcher.repair(self.directory))
-
-    def kill(self, service: str, number: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.pid(service), number)
-
-    def exit_status(self, service: str) -> int:
-        """Wait until a service has ended; return how."""
-        status: list[int] = []
-
-        def ended() -> bool:
-            status[:] = [s for s in [exit_status(self.pid(service))] if s is not None]
-            return bool(status)
-
-        wait_until(ended, f"the end of {service}")
-        return status[0]
-
-    def log(self, service: str) -> list[dict[str, Any]]:
-        return launcher.log_lines(self.directory.log(service))
-
-    def rearm(self) -> None:
-        """Give the FUSE connection its whole time again: another test begins."""
-        self.watchdog.watch(self.connection_id)
 
     @asynccontextmanager
     async def clients(
@@ -207,10 +157,7 @@ class Host:
 
     def restart(self) -> Host:
         """Start the host again, whose services have all ended; return the new one."""
-        plan = launcher.Plan(self.directory, self.shape)
-        self.state = asyncio.run(launcher.start(plan))
-        self.connection_id = _connection_id(self.directory)
-        self.rearm()
+        self.start_again()
         return self
 
     def end_programs(self) -> None:
@@ -368,16 +315,6 @@ def refused(
         assert re.search(word, got.sentence), (word, got.sentence)
 
 
-def wait_until(
-    condition: Callable[[], bool], what: str, seconds_max: float = GONE_SECONDS_MAX
-) -> None:
-    """Poll until it holds; only where this process may block."""
-    deadline = time.monotonic() + seconds_max
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come"
-        time.sleep(0.01)
-
-
 async def until(
     condition: Callable[[], Awaitable[bool]],
     what: str,
@@ -399,46 +336,21 @@ def running_host(
     restarts_max: int = 5,
     user: tuple[int, int] | None = None,
 ) -> Iterator[Host]:
-    """Start a host below a short path of its own; stop it, and audit what is left."""
+    """As gmem.testing.hosts has it, with programs; skipped where it cannot be."""
     require_fuse()
     require_root()
-    base = Path(tempfile.mkdtemp(prefix="gh-", dir=under))
-    directory = HostDirectory(base, HOST)
-    try:
-        with FuseWatchdog(bound_seconds=FUSE_BOUND_SECONDS) as watchdog:
-            plan = launcher.Plan(
-                directory, shape, nr_vmms, restarts_max=restarts_max, user=user
-            )
-            state = asyncio.run(launcher.start(plan))
-            connection = _connection_id(directory)
-            host = Host(directory, shape, state, watchdog, connection)
-            host.rearm()
-            try:
-                yield host
-            finally:
-                _end(host)
-                # Its number may belong to somebody else's connection soon.
-                watchdog.release(host.connection_id)
-            assert watchdog.aborted == [], "the watchdog had to end a test that hung"
-        assert wait_for_none(base, GONE_SECONDS_MAX) == []
-        assert list(base.iterdir()) == []
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-def _connection_id(directory: HostDirectory) -> int:
-    lines = launcher.log_lines(directory.log("keeper"))
-    (ready,) = [line for line in lines if line["event"] == "ready"]
-    return int(str(ready["connection_id"]))
-
-
-def _end(host: Host) -> None:
-    """Stop in order where everything lives, at once where something was killed."""
-    try:
-        host.end_programs()
-    finally:
-        state = require_state(host.directory)
-        if state.dead:
-            stopper.kill(host.directory, state)
-        else:
-            stopper.stop(host.directory, state)
+    with hosts.running_host(
+        shape, nr_vmms, under=under, restarts_max=restarts_max, user=user
+    ) as emulated:
+        host = Host(
+            emulated.directory,
+            emulated.shape,
+            emulated.state,
+            emulated.watchdog,
+            emulated.connection_id,
+        )
+        try:
+            yield host
+        finally:
+            host.end_programs()
+            emulated.connection_id = host.connection_id

@@ -202,6 +202,31 @@ def demo(
 
 
 @app.command(epilog=EPILOG)
+def conformance(
+    lineage: Annotated[
+        str | None,
+        typer.Option(help="One kernel series; default: all that the backend plays."),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="Who is asked: emulator, or kernel for this machine's."),
+    ] = "emulator",
+    number: Annotated[
+        list[str] | None,
+        typer.Option("--id", help="One line of the list, e.g. C087; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a kernel what docs/semantics.md says, line by line."""
+    # Nothing else of gmemctl needs the cases.
+    from gmem.ctl import conformance as command  # noqa: PLC0415
+
+    with reporting(as_json):
+        ended = command.run(lineage, backend, number or [], as_json=as_json)
+    raise typer.Exit(int(ended))
+
+
+@app.command(epilog=EPILOG)
 def version(as_json: Json = False) -> None:
     """Print the version of the distribution."""
     number = importlib.metadata.version(DISTRIBUTION)

@@ -96,7 +96,7 @@ class EmulatedHost:
         """Give the FUSE connection its whole time again: another test begins."""
         self.watchdog.watch(self.connection_id)
 
-    def restarted(self) -> None:
+    def start_again(self) -> None:
         """Start the host again, whose services have all ended."""
         plan = launcher.Plan(self.directory, self.shape)
         self.state = asyncio.run(launcher.start(plan))
@@ -125,12 +125,10 @@ def running_host(
     under: str = "/tmp",  # noqa: S108 - a socket's path has to be short
     restarts_max: int = launcher.RESTARTS_MAX,
     user: tuple[int, int] | None = None,
-    at_end: Callable[[EmulatedHost], None] = lambda _host: None,
 ) -> Iterator[EmulatedHost]:
     """Start a host below a short path of its own; stop it, and audit what is left.
 
-    `at_end` is called before it is stopped. Raises ControlError where it cannot start,
-    HostLeftError where something of it is left.
+    Raises ControlError where it cannot start, HostLeftError where something is left.
     """
     base = Path(tempfile.mkdtemp(prefix="gh-", dir=under))
     directory = HostDirectory(base, HOST)
@@ -146,10 +144,7 @@ def running_host(
             try:
                 yield host
             finally:
-                try:
-                    at_end(host)
-                finally:
-                    _stop(directory)
+                _stop(directory)
                 # Its number may belong to somebody else's connection soon.
                 watchdog.release(host.connection_id)
             _require(not watchdog.aborted, "the watchdog had to end a host that hung")

@@ -68,6 +68,19 @@ class Names:
             f"{name!r} names no guest_memfd; names read {self._prefix}1",
         )
 
+    def file(self, name: str) -> int:
+        """Return the inode number of a name that stands for a descriptor.
+
+        BadRequest (DESCRIPTOR_TYPE) for the name of something else, NoSuchObject
+        (FD_UNKNOWN) for that of nothing.
+        """
+        if name and not name.startswith(self._prefix):
+            raise BadRequest(
+                Reason.DESCRIPTOR_TYPE,
+                f"{name!r} is no guest_memfd; names of those read {self._prefix}1",
+            )
+        return self.inode(name, unknown=Reason.FD_UNKNOWN)
+
     def of_operation(self, number: int) -> str:
         """Return the name of operation `number`."""
         return f"{self._operations}{number}"

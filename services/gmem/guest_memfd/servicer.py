@@ -271,7 +271,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         self, request: pb.BindMemslotRequest, context: Context
     ) -> pb.BindMemslotResponse:
         """Bind a memslot's pages."""
-        number = self._names.inode(request.name, unknown=Reason.FD_UNKNOWN)
+        number = self._names.file(request.name)
         await self._service.run(
             self._core.bind(
                 number,

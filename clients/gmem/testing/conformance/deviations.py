@@ -41,6 +41,7 @@ _LATER: Final = (RFC_V2, IN_PLACE, MAINLINE)
 _EMULATOR: Final = (
     Deviation(1, "read", "on the file", "fails", "0", ("C001", "C070"), _LATER),
     Deviation(1, "write", "on the file", "fails", "0", ("C001", "C070"), _LATER),
+    Deviation(4, "mmap", "MAP_PRIVATE", "EINVAL", "0", ("C072",)),
 )
 
 DEVIATIONS: Final[Mapping[str, Sequence[Deviation]]] = {"emulator": _EMULATOR}

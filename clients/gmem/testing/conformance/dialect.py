@@ -18,6 +18,8 @@ from gmem.testing.conformance.kvm import (
 from gmem.uapi.flags import (
     GUEST_MEMFD_FLAG_HUGETLB,
     GUEST_MEMFD_FLAG_INIT_PRIVATE,
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_SHIFT,
     KVM_GMEM_CONVERT_FORMAT,
@@ -29,9 +31,6 @@ from gmem.uapi.flags import (
     VmType,
 )
 from gmem.uapi.pages import PAGE_SIZE
-
-GUEST_MEMFD_FLAG_MMAP: Final = 1 << 0
-GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
 
 Convert: TypeAlias = Callable[[Vm, GuestMemfd, "Asked"], None]
 """Raises OSError, ConvertRefused where the kernel writes an error_offset."""

@@ -12,10 +12,12 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final, cast
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2
+from gmem.api.types.v1.types_pb2 import MemPolicy
 from gmem.api.vmm.v1 import vmm_pb2 as pb
 from gmem.client import HostAllocatorClient as AsyncAllocatorClient
 from gmem.client import hugetlb_file
@@ -23,14 +25,16 @@ from gmem.client import program as make
 from gmem.client.sync import (
     GuestMemfdClient,
     HostAllocatorClient,
-    VcpuRun,
     VmmClient,
 )
 from gmem.runtime.broker_client import BrokerClient
 from gmem.runtime.config import HostShape, NodeShape
-from gmem.testing.conformance import guest
-from gmem.testing.conformance.guest import Exit, Instruction, Result
+from gmem.testing.conformance.emulator_guest import EmulatedRun, to_wire
+from gmem.testing.conformance.guest import Instruction
 from gmem.testing.conformance.kvm import (
+    MAINLINE,
+    RFC_V1,
+    RFC_V2,
     Backend,
     Capabilities,
     Descriptor,
@@ -44,11 +48,12 @@ from gmem.testing.conformance.kvm import (
     Vm,
 )
 from gmem.testing.conformance.outcomes import OK, errno_name
+from gmem.testing.conformance.registry import ALL_SIZES, SMALL
+from gmem.testing.conformance.toucher import Window
 from gmem.testing.hosts import EmulatedHost
 from gmem.uapi.errors import InUse, KernelError
 from gmem.uapi.flags import VmType
-from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
+from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, SIZE_2M
 
 CLIENT: Final = "conformance"
 BACK_SECONDS_MAX: Final = 20.0
@@ -65,14 +70,17 @@ _VM_TYPES: Final = {
     VmType.DEFAULT: pb.VM_TYPE_DEFAULT,
     VmType.SW_PROTECTED: pb.VM_TYPE_SW_PROTECTED,
 }
-_ACCESSES: Final = {
-    guest.Access.BY_ATTRIBUTE: pb.ACCESS_BY_ATTRIBUTE,
-    guest.Access.PRIVATE: pb.ACCESS_PRIVATE,
-    guest.Access.SHARED: pb.ACCESS_SHARED,
+_MODES: Final = {
+    0: MemPolicy.MODE_DEFAULT,
+    1: MemPolicy.MODE_PREFERRED,
+    2: MemPolicy.MODE_BIND,
+    3: MemPolicy.MODE_INTERLEAVE,
 }
-_SIZES: Final = (PAGE_SIZE, SIZE_2M, SIZE_1G)
+"""MPOL_* of mbind, and as they go over the wire."""
 _PAGE_SIZES: Final[Mapping[str, Sequence[int]]] = {
-    lineage.value: _SIZES for lineage in Lineage
+    RFC_V1: ALL_SIZES,
+    RFC_V2: ALL_SIZES,
+    MAINLINE: SMALL,
 }
 _FEATURES: Final = frozenset(
     {
@@ -83,6 +91,7 @@ _FEATURES: Final = frozenset(
         Feature.OWN_POOLS,
         Feature.HUGETLB_FILES,
         Feature.USERSPACE_VMA,
+        Feature.NUMA,
     }
 )
 _MISSING: Final = {
@@ -133,7 +142,7 @@ class Emulator(Backend):
     def leftovers(self) -> list[str]:
         """Return inodes, VMs and counters that are not as before the case."""
         deadline = time.monotonic() + BACK_SECONDS_MAX
-        while (left := self._left()) and time.monotonic() < deadline:
+        while (left := self.left_now()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return left
 
@@ -163,7 +172,8 @@ class Emulator(Backend):
         """Disconnect."""
         self._stack.close()
 
-    def _left(self) -> list[str]:
+    def left_now(self) -> list[str]:
+        """Return the same, without waiting for what is on its way."""
         left = [f"{inode.name} is there" for inode in self.files.list_guest_memfds()]
         left += [f"{vm.name} is there" for vm in self.vmm.list_vms()]
         after = self._counters()
@@ -184,12 +194,23 @@ class Emulator(Backend):
         return counters
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A memslot of a file: its first guest address, and the bytes of the file."""
+
+    vm: str
+    slot: int
+    gpa: int
+    offsets: range
+
+
 class EmulatedMemfd(GuestMemfd):
     """A host view; the file is closed by its service's call, not with a descriptor."""
 
     def __init__(self, kernel: Emulator, name: str, size: int) -> None:
         """Open the host view."""
         super().__init__(kernel.view(name), size)
+        self.bound: list[Bound] = []
         self.name = name
         self._kernel = kernel
         self._closed = False
@@ -203,6 +224,39 @@ class EmulatedMemfd(GuestMemfd):
             name=self.name, offset=offset, size=size, holder=CLIENT, kind=kind
         )
         return EmulatedHold(self._kernel, hold)
+
+    def mbind(self, window: Window, mode: int, nodes: int, page: range) -> None:
+        """SetMempolicy: mbind of a view would be the machine's, not the host's."""
+        del window
+        # A mode that there is none of goes as it is: it is to be refused there.
+        wire = _MODES.get(mode) or cast("MemPolicy.Mode.ValueType", mode)
+        bits = [node for node in range(nodes.bit_length()) if nodes >> node & 1]
+        policy = MemPolicy(mode=wire, nodes=bits)
+        self._kernel.files.set_mempolicy(
+            name=self.name, offset=page.start, size=len(page), mempolicy=policy
+        )
+
+    def get_mempolicy(self, window: Window, offset: int) -> tuple[int, int]:
+        """GetMempolicy."""
+        del window
+        (run,) = self._kernel.files.get_mempolicy(
+            name=self.name, offset=offset, size=PAGE_SIZE
+        )
+        mode = next(m for m, wire in _MODES.items() if wire == run.mempolicy.mode)
+        return mode, sum(1 << node for node in run.mempolicy.nodes)
+
+    def node_of(self, window: Window, offset: int) -> int:
+        """Return the node that a page's frame lies on, as KVM is given it."""
+        del window
+        slot = next(one for one in self.bound if offset in one.offsets)
+        gfn = (slot.gpa + offset - slot.offsets.start) >> PAGE_SHIFT
+        pfn = self._kernel.files.get_pfn(
+            name=self.name, vm=slot.vm, slot=slot.slot, gfn=gfn
+        ).pfn
+        for node in self._kernel.allocator.get_statistics().nodes:
+            if node.first_pfn <= pfn < node.first_pfn + node.nr_pages:
+                return int(node.node)
+        raise LookupError(f"no node has frame {pfn}")
 
     def close(self) -> None:
         """DeleteGuestMemfd, and close the descriptor."""
@@ -221,7 +275,7 @@ class EmulatedHold(Hold):
         self._kernel = kernel
         self._number: int | None = number
 
-    def release(self) -> None:
+    def close(self) -> None:
         """UnpinPages."""
         number, self._number = self._number, None
         if number is not None:
@@ -270,6 +324,9 @@ class EmulatedVm(Vm):
             guest_memfd=self._name_of(guest_memfd),
             guest_memfd_offset=guest_memfd_offset,
         )
+        if isinstance(guest_memfd, EmulatedMemfd) and memory_size:
+            offsets = range(guest_memfd_offset, guest_memfd_offset + memory_size)
+            guest_memfd.bound.append(Bound(self.name, slot, guest_phys_addr, offsets))
 
     def set_memory_attributes(
         self, *, address: int, size: int, attributes: int, flags: int = 0
@@ -284,8 +341,8 @@ class EmulatedVm(Vm):
         )
 
     def check_extension(self, capability: int) -> int:
-        """Return what GetCapabilities says of a KVM_CAP number."""
-        extensions = self._kernel.vmm.get_capabilities().extensions
+        """Return what the VM says of a KVM_CAP number, 0 where it says nothing."""
+        extensions = self._kernel.vmm.get_vm(self.name).extensions
         return int(extensions.get(capability, 0))
 
     def create_vcpu(self, vcpu: int = 0) -> None:
@@ -293,13 +350,15 @@ class EmulatedVm(Vm):
         self._kernel.vmm.create_vcpu(vm=self.name, vcpu=vcpu)
 
     @contextmanager
-    def run(self, program: Sequence[Instruction], *, vcpu: int = 0) -> Iterator[_Run]:
+    def run(
+        self, program: Sequence[Instruction], *, vcpu: int = 0
+    ) -> Iterator[EmulatedRun]:
         """KVM_RUN, with nobody who answers exits but the caller."""
-        wire = [*(_wire(instruction) for instruction in program), make.halt()]
+        wire = [*(to_wire(instruction) for instruction in program), make.halt()]
         with self._kernel.vmm.run(
             vm=self.name, program=wire, vcpu=vcpu, policy=pb.POLICY_NONE
         ) as inner:
-            yield _Run(inner)
+            yield EmulatedRun(inner)
 
     def pre_fault_memory(
         self, gpa: int, size: int, *, vcpu: int = 0
@@ -346,26 +405,13 @@ class EmulatedVm(Vm):
         return self.name.partition("/vms/")[0]
 
 
-class _Run:
-    """gmem.client's VcpuRun in the words of the cases."""
-
-    def __init__(self, inner: VcpuRun) -> None:
-        self._inner = inner
-
-    def exits(self) -> Iterator[Exit]:
-        for response in self._inner.exits():
-            yield _exit(response)
-
-    def resume(self, value: int = 0) -> None:
-        self._inner.resume(value)
-
-
 class EmulatedHugetlbFile(HugetlbFile):
     """gmem.client's HugetlbFile, blocking."""
 
     def __init__(self, target: str, page_size: int) -> None:
         """memfd_create(MFD_HUGETLB)."""
         self._runner = asyncio.Runner()
+        self._closed = False
         self._client = self._runner.run(self._connected(target))
         create = hugetlb_file.HugetlbFile.create(self._client, page_size=page_size)
         self._file = self._runner.run(create)
@@ -387,57 +433,16 @@ class EmulatedHugetlbFile(HugetlbFile):
         self._file.madvise(advice)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
         self._runner.run(self._file.close())
         self._runner.run(self._client.close())
         self._runner.close()
 
     async def _connected(self, target: str) -> AsyncAllocatorClient:
         return AsyncAllocatorClient(target, client=CLIENT)
-
-
-def _wire(instruction: Instruction) -> pb.Instruction:
-    match instruction:
-        case guest.Load(gpa, size, access):
-            return make.load(gpa, size, access=_access(access))
-        case guest.Store(gpa, data, access):
-            return make.store(gpa, data, access=_access(access))
-        case guest.Fill(gpa, size, value, access):
-            return make.fill(gpa, size, value, access=_access(access))
-        case guest.Verify(gpa, size, value, access):
-            return make.verify(gpa, size, value, access=_access(access))
-        case guest.MapGpaRange(gpa, npages, private):
-            return make.map_gpa_range(gpa, npages, private=private)
-        case guest.Out(port, value):
-            return make.out(port, value)
-        case _:
-            assert_never(instruction)
-
-
-def _access(access: guest.Access) -> pb.Access.ValueType:
-    return _ACCESSES[access]
-
-
-def _exit(response: pb.RunResponse) -> Exit:
-    results = tuple(
-        Result(result.data, result.count, result.value) for result in response.results
-    )
-    match response.WhichOneof("exit"):
-        case "memory_fault":
-            left = response.memory_fault
-            return guest.MemoryFault(
-                left.errno, left.flags, left.gpa, left.size, results
-            )
-        case "hypercall":
-            call = response.hypercall
-            return guest.HypercallExit(call.nr, tuple(call.args), results)
-        case "mmio":
-            mmio = response.mmio
-            return guest.MmioExit(mmio.gpa, mmio.len, mmio.is_write, results)
-        case "io":
-            return guest.IoExit(response.io.port, response.io.value, results)
-        case _:
-            return guest.Halted(results)
 
 
 __all__ = ["SHAPE", "Emulator"]

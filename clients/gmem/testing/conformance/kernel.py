@@ -17,10 +17,6 @@ from pathlib import Path
 from typing import Final
 
 from gmem.testing.conformance import kvm_abi as abi
-from gmem.testing.conformance.dialect import (
-    GUEST_MEMFD_FLAG_INIT_SHARED,
-    GUEST_MEMFD_FLAG_MMAP,
-)
 from gmem.testing.conformance.guest import Exit, Halted, Instruction, Load
 from gmem.testing.conformance.kernel_guest import BASE, Payload, Vcpu, VcpuExits
 from gmem.testing.conformance.kernel_memory import Mapping as MappedFile
@@ -35,7 +31,13 @@ from gmem.testing.conformance.kvm import (
     Vm,
 )
 from gmem.testing.conformance.outcomes import errno_name
-from gmem.uapi.flags import KVM_MEM_GUEST_MEMFD, Capability, VmType
+from gmem.uapi.flags import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_MEM_GUEST_MEMFD,
+    Capability,
+    VmType,
+)
 from gmem.uapi.pages import PAGE_SIZE
 
 DEV_KVM: Final = Path("/dev/kvm")

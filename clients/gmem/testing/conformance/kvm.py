@@ -21,10 +21,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Final, Protocol, Self, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, Self, TypeAlias, runtime_checkable
 
 from gmem.testing.conformance.guest import Exit, Instruction
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, VmType
+
+if TYPE_CHECKING:
+    from gmem.testing.conformance.toucher import Window
 
 RFC_V1: Final = "RFC_V1"
 RFC_V2: Final = "RFC_V2"
@@ -96,7 +99,7 @@ class Hold(AbstractContextManager["Hold"]):
     """Pages that somebody uses; leaving the `with` lets go of them."""
 
     @abstractmethod
-    def release(self) -> None:
+    def close(self) -> None:
         """Let go; harmless when repeated."""
 
     def __exit__(
@@ -105,7 +108,7 @@ class Hold(AbstractContextManager["Hold"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release()
+        self.close()
 
 
 class GuestMemfd(ABC):
@@ -155,6 +158,18 @@ class GuestMemfd(ABC):
     def pin(self, offset: int, size: int, *, plain: bool = False) -> Hold:
         """Hold pages: a longterm pin, or a `plain` reference (Feature.PINS)."""
         raise NotImplementedError(f"no {Feature.PINS}: {offset}, {size}, {plain}")
+
+    def mbind(self, window: Window, mode: int, nodes: int, page: range) -> None:
+        """Give bytes of a mapping a policy (Feature.NUMA); `nodes` is a bit mask."""
+        window.mbind(mode, nodes, page.start, len(page))
+
+    def get_mempolicy(self, window: Window, offset: int) -> tuple[int, int]:
+        """Return mode and node mask of the policy at a place (Feature.NUMA)."""
+        return window.get_mempolicy(offset)
+
+    def node_of(self, window: Window, offset: int) -> int:
+        """Return the node of a page that is mapped and bound (Feature.NUMA)."""
+        return window.node_of(offset)
 
     @abstractmethod
     def close(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeAlias, TypeVar
 
 from gmem.testing.conformance import deviations
 from gmem.testing.conformance.deviations import Deviation
@@ -31,7 +32,7 @@ from gmem.testing.conformance.kvm import (
     Userspace,
     Vm,
 )
-from gmem.testing.conformance.outcomes import errno_name, outcome_of, worded
+from gmem.testing.conformance.outcomes import OK, errno_name, outcome_of, worded
 from gmem.testing.conformance.registry import Planned
 from gmem.testing.conformance.toucher import Toucher, Window
 from gmem.uapi.flags import (
@@ -42,7 +43,14 @@ from gmem.uapi.flags import (
 )
 from gmem.uapi.pages import PAGE_SHIFT
 
+T = TypeVar("T")
 C = TypeVar("C", bound="Closable")
+
+BeforeConversion: TypeAlias = Callable[[int, int, bool], None]
+"""(offset, size, private): what a VMM does before it converts."""
+
+SETTLE_SECONDS_MAX: Final = 10.0
+"""How long counters may take to move: the end of a file is not waited for."""
 
 GPA: Final = 4 << 30
 """Where a guest sees its memory."""
@@ -110,7 +118,7 @@ class Scene:
     def vm(self, vm_type: VmType | None = None) -> Vm:
         """Make a VM; None is the type that the lineage's own tests use."""
         kind = self.dialect.vm_type if vm_type is None else vm_type
-        return self._kept(self.backend.create_vm(lineage=self.lineage, vm_type=kind))
+        return self.kept(self.backend.create_vm(lineage=self.lineage, vm_type=kind))
 
     def memory(self, vm: Vm, pages: int = 1, flags: int | None = None) -> GuestMemfd:
         """Make a file of some pages; `flags` None: one that the host may touch."""
@@ -119,7 +127,7 @@ class Scene:
 
     def created(self, vm: Vm, size: int, flags: int) -> GuestMemfd:
         """KVM_CREATE_GUEST_MEMFD with exactly these arguments."""
-        return self._kept(vm.create_guest_memfd(size, flags))
+        return self.kept(vm.create_guest_memfd(size, flags))
 
     def machine(
         self,
@@ -128,23 +136,25 @@ class Scene:
         flags: int | None = None,
         vm_type: VmType | None = None,
         userspace: Callable[[GuestMemfd], Userspace] | None = None,
+        gpa: int = GPA,
+        slot: int = 0,
     ) -> Machine:
-        """Make a VM whose memslot 0 at GPA is a file of some pages."""
+        """Make a VM whose memslot at `gpa` is a file of some pages."""
         vm = self.vm(vm_type)
         file = self.memory(vm, pages, flags)
         vm.set_user_memory_region2(
-            slot=0,
+            slot=slot,
             flags=KVM_MEM_GUEST_MEMFD,
-            guest_phys_addr=GPA,
+            guest_phys_addr=gpa,
             memory_size=file.size,
             userspace=userspace(file) if userspace else None,
             guest_memfd=file,
         )
-        return Machine(self, vm, file)
+        return Machine(self, vm, file, gpa)
 
     def toucher(self, *files: HasFileno) -> Toucher:
         """Start a process that has the descriptors of `files`."""
-        return self._kept(Toucher(*files))
+        return self.kept(Toucher(*files))
 
     def window(self, file: GuestMemfd, length: int | None = None) -> Window:
         """Start a process that has `length` bytes of a file mapped, None: all."""
@@ -154,9 +164,16 @@ class Scene:
         """Make ordinary shared memory."""
         file = File(os.memfd_create("conformance", os.MFD_CLOEXEC))
         os.ftruncate(file.fileno(), size)
-        return self._kept(file)
+        return self.kept(file)
 
     # Claims.
+
+    def settled(self, look: Callable[[], T], want: T) -> T:
+        """Look until it is as wanted, for some seconds; return what was seen last."""
+        deadline = time.monotonic() + SETTLE_SECONDS_MAX
+        while (seen := look()) != want and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return seen
 
     def expect(self, call: str, condition: str, want: object, got: object) -> None:
         """Compare two results; a difference is a deviation on purpose, or a fail.
@@ -185,40 +202,45 @@ class Scene:
         """Make a call and compare its errno ("0" where it succeeds)."""
         self.expect(call, condition, want, outcome_of(do))
 
-    def _kept(self, thing: C) -> C:
+    def kept(self, thing: C) -> C:
+        """Have something closed with the scene; return it."""
         self._stack.callback(thing.close)
         return thing
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A VM whose memslot 0 at GPA is `file`."""
+    """A VM whose memslots at `gpa` are `file`."""
 
     scene: Scene
     vm: Vm
     file: GuestMemfd
+    gpa: int = GPA
 
     def convert(self, offset: int, size: int, *, private: bool) -> str:
         """Convert as the lineage does; return "0", or errno with its error_offset."""
         convert = self.scene.dialect.convert
         assert convert is not None, f"{self.scene.lineage} converts nothing"
         try:
-            convert(self.vm, self.file, Asked(GPA, offset, size, private))
+            convert(self.vm, self.file, Asked(self.gpa, offset, size, private))
         except ConvertRefused as refused:
             return f"{errno_name(refused.errno)} error_offset={refused.error_offset:#x}"
         except OSError as refused:
             return errno_name(refused.errno)
-        return "0"
+        return OK
 
     def boot(self, vcpus: int = 1) -> None:
         """KVM_CREATE_VCPU for each of some vCPUs."""
         for vcpu in range(vcpus):
             self.vm.create_vcpu(vcpu)
 
-    def guest(self, *program: Instruction, vcpu: int = 0) -> list[Result]:
+    def guest(
+        self, *program: Instruction, vcpu: int = 0, vmm: BeforeConversion | None = None
+    ) -> list[Result]:
         """Run to HLT; MAP_GPA_RANGE is answered by a conversion.
 
-        Raises CaseFailedError for every other exit.
+        `vmm` does what userspace has to do before it. Raises CaseFailedError for every
+        other exit.
         """
         results: list[Result] = []
         with self.vm.run(program, vcpu=vcpu) as run:
@@ -227,22 +249,27 @@ class Machine:
                 if isinstance(left, Halted):
                     return results
                 if not isinstance(left, HypercallExit):
-                    break
-                run.resume(self._hypercall(left))
-        raise CaseFailedError(f"KVM_RUN of {program} left with {worded(left)}")
+                    raise CaseFailedError(f"KVM_RUN left with {worded(left)}")
+                run.resume(self.hypercall(left, vmm))
+        raise CaseFailedError("KVM_RUN ended without HLT")
 
     def first_exit(self, *program: Instruction, vcpu: int = 0) -> Exit:
         """Run up to the first exit, and leave it at that."""
         with self.vm.run(program, vcpu=vcpu) as run:
             return next(iter(run.exits()))
 
-    def _hypercall(self, left: HypercallExit) -> int:
-        """Do what a VMM does; return what the guest gets."""
+    def hypercall(
+        self, left: HypercallExit, vmm: BeforeConversion | None = None
+    ) -> int:
+        """Do what a VMM does for a hypercall; return what the guest gets."""
         if left.nr != KVM_HC_MAP_GPA_RANGE:
-            raise CaseFailedError(f"hypercall {left.nr} is none of MAP_GPA_RANGE")
+            raise CaseFailedError(f"hypercall {left.nr} is not MAP_GPA_RANGE")
         gpa, npages, attributes = left.args[:3]
         private = bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED)
-        answer = self.convert(gpa - GPA, npages << PAGE_SHIFT, private=private)
-        if answer != "0":
+        offset, size = gpa - self.gpa, npages << PAGE_SHIFT
+        if vmm is not None:
+            vmm(offset, size, private)
+        answer = self.convert(offset, size, private=private)
+        if answer != OK:
             raise CaseFailedError(f"MAP_GPA_RANGE of {gpa:#x}: {answer}")
         return 0

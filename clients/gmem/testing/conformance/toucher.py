@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class Toucher:
             )
         self.pid = self._process.pid
         self._parent: Toucher | None = None
+        self._lock = threading.Lock()
         self._status: int | None = None
         for file in files:
             self.send(file)
@@ -101,6 +103,7 @@ class Toucher:
             pid = int(self.ask("fork", fds=[theirs.fileno()]))
         child = object.__new__(Toucher)
         child._control, child._process = ours, None
+        child._lock = threading.Lock()
         child.pid, child._parent, child._status = pid, self, None
         ours.recv(MESSAGE_BYTES_MAX)  # It says that it is there.
         return child
@@ -142,17 +145,21 @@ class Toucher:
         if self._status is not None:
             raise ToucherEndedError(f"pid {self.pid} has ended: start another Toucher")
         message = json.dumps({"op": op, "args": args}).encode()
-        try:
-            socket.send_fds(self._control, [message], list(fds))
-            answered = self._control.recv(MESSAGE_BYTES_MAX)
-        except (BrokenPipeError, ConnectionResetError):
-            answered = b""
+        with self._lock:
+            answered = self._exchange(message, fds)
         if not answered:
             raise ToucherGoneError
         answer = json.loads(answered)
         if "errno" in answer:
             raise OSError(answer["errno"], os.strerror(answer["errno"]), op)
         return answer["ok"]
+
+    def _exchange(self, message: bytes, fds: Sequence[int]) -> bytes:
+        try:
+            socket.send_fds(self._control, [message], list(fds))
+            return self._control.recv(MESSAGE_BYTES_MAX)
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
 
     def _wait(self) -> int:
         """Return its exit status; negative for a signal."""

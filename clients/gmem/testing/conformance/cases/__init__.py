@@ -3,6 +3,28 @@
 Importing this package registers all of them.
 """
 
-from gmem.testing.conformance.cases import section_a
+from gmem.testing.conformance.cases import (
+    section_a,
+    section_b_c,
+    section_d,
+    section_e,
+    section_f,
+    section_g,
+    section_h,
+    section_i,
+    section_j,
+    section_m,
+)
 
-__all__ = ["section_a"]
+__all__ = [
+    "section_a",
+    "section_b_c",
+    "section_d",
+    "section_e",
+    "section_f",
+    "section_g",
+    "section_h",
+    "section_i",
+    "section_j",
+    "section_m",
+]

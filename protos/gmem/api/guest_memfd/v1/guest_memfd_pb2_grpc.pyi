@@ -136,6 +136,7 @@ class GuestMemfdServiceStub:
     | some page is bound already | BINDING_OVERLAP | INVALID_ARGUMENT | unbind first |
     | another VM's inode | BINDING_FOREIGN_VM | INVALID_ARGUMENT | create one for this VM |
     | the userspace side is another file, or another offset of this one | USERSPACE_ELSEWHERE | INVALID_ARGUMENT | map this file there, or nothing |
+    | name is of something else | DESCRIPTOR_TYPE | INVALID_ARGUMENT | name a guest_memfd |
     | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -448,6 +449,7 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | some page is bound already | BINDING_OVERLAP | INVALID_ARGUMENT | unbind first |
     | another VM's inode | BINDING_FOREIGN_VM | INVALID_ARGUMENT | create one for this VM |
     | the userspace side is another file, or another offset of this one | USERSPACE_ELSEWHERE | INVALID_ARGUMENT | map this file there, or nothing |
+    | name is of something else | DESCRIPTOR_TYPE | INVALID_ARGUMENT | name a guest_memfd |
     | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -811,6 +813,7 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | some page is bound already | BINDING_OVERLAP | INVALID_ARGUMENT | unbind first |
         | another VM's inode | BINDING_FOREIGN_VM | INVALID_ARGUMENT | create one for this VM |
         | the userspace side is another file, or another offset of this one | USERSPACE_ELSEWHERE | INVALID_ARGUMENT | map this file there, or nothing |
+        | name is of something else | DESCRIPTOR_TYPE | INVALID_ARGUMENT | name a guest_memfd |
         | name was never issued, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |

@@ -217,6 +217,7 @@ class VmmServiceServicer:
         | delete of a slot that is not there | MEMSLOT_UNKNOWN | INVALID_ARGUMENT | nothing to do |
         | change of a slot with guest_memfd | MEMSLOT_IMMUTABLE | INVALID_ARGUMENT | delete it, set it again |
         | guest addresses overlap another slot | MEMSLOT_OVERLAP | ALREADY_EXISTS | use another range |
+        | guest_memfd names something else | DESCRIPTOR_TYPE | INVALID_ARGUMENT | name a guest_memfd |
         | guest_memfd was never created, or is closed | FD_UNKNOWN | NOT_FOUND | create one |
         | another VM's guest_memfd | BINDING_FOREIGN_VM | INVALID_ARGUMENT | create one for this VM |
         | guest_memfd range past its end | RANGE_PAST_END | INVALID_ARGUMENT | bind less |
