@@ -13,7 +13,6 @@ import typer
 
 from gmem.ctl import inspection, lifecycle, options, reports
 from gmem.ctl.arguments import Host, Json, RunDir, directory_of, state_of
-from gmem.ctl.demo import command as demo_command
 from gmem.ctl.directories import base_directory
 from gmem.ctl.elsewhere import host_elsewhere
 from gmem.ctl.errors import EPILOG, ExitStatus
@@ -189,6 +188,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Watch a VM with 1G pages from boot to teardown, in real processes."""
+    # An eighth of what gmemctl loads, and no other command needs it.
+    from gmem.ctl.demo import command as demo_command  # noqa: PLC0415
+
     with reporting(as_json):
         ended = demo_command.run(
             directory_of(run_dir, host),

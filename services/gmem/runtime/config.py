@@ -10,12 +10,11 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gmem.uapi.pages import HUGE_PAGE_SIZES, PAGE_SIZE, SIZE_1G, SIZE_2M
 
@@ -46,10 +45,10 @@ def default_run_dir() -> Path:
     return Path(runtime) / "gmem"
 
 
-class ServiceConfig(BaseSettings):
+class ServiceConfig(BaseModel):
     """One service process of one emulated host."""
 
-    model_config = SettingsConfigDict(env_prefix="GMEM_", extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     service: str
     """"host_allocator", "guest_memfd", "keeper", or "vmm"."""
@@ -104,15 +103,21 @@ class ServiceConfig(BaseSettings):
         path: Path | None = flags.pop("config")
         try:
             values = {} if path is None else json.loads(path.read_text())
-            # pydantic-settings lets arguments win over the environment; the file
-            # must not, so what the environment has is left out of it.
-            values = {
-                k: v for k, v in values.items() if f"GMEM_{k.upper()}" not in os.environ
-            }
+            values |= _environment(cls.model_fields)
             values |= {key: flag for key, flag in flags.items() if flag is not None}
-            return cls(service=service, **values)
+            return cls(**values | {"service": service})
         except (OSError, ValueError) as error:
             parser.error(str(error))
+
+
+def _environment(names: Iterable[str]) -> dict[str, str]:
+    """Return what GMEM_HOST, GMEM_RUN_DIR, ... say."""
+    variables = {name: f"GMEM_{name.upper()}" for name in names}
+    return {
+        name: os.environ[variable]
+        for name, variable in variables.items()
+        if variable in os.environ
+    }
 
 
 class NodeShape(BaseModel):
