@@ -31,7 +31,7 @@ DEMO ?=
 # Arguments for `make bench`, e.g. BENCH="--row a,c --rounds 3".
 BENCH ?=
 # Debian packages that tests need beside Python: the base image is made with it.
-APT_PACKAGES := mmdebstrap
+APT_PACKAGES := fuse3 mmdebstrap
 
 # The lock files are complete, so nothing is left to resolve. A pip that resolves all the
 # same fails when a newer version of a pin exists that is wanted with an extra.

@@ -27,9 +27,9 @@ SIZE = 2 * SIZE_1G
 FLAGS_1G = KVM_GUEST_MEMFD_HUGETLB | 30 << KVM_GUEST_MEMFD_HUGE_SHIFT
 
 
-def device(pipe: Connection, token: str, broker: str) -> None:
+def device(pipe: Connection, token: str, broker: str, file: str) -> None:
     """Map the host view in a process of its own; write, drop and touch it when told."""
-    window = open_host_view(token, broker)
+    window = open_host_view(token, broker, file=file)
     window.write(0, b"from the host")
     pipe.send("wrote to it")
     pipe.recv()
@@ -58,7 +58,7 @@ async def main(run_dir: str) -> None:
 
         view = await guest_memfd.open_view(name=file)
         pipe, theirs = multiprocessing.Pipe()
-        arguments = (theirs, view.token, view.broker_path)
+        arguments = (theirs, view.token, view.broker_path, file)
         spawn = multiprocessing.get_context("spawn")
         child = spawn.Process(target=device, args=arguments)
         child.start()

@@ -342,8 +342,10 @@ async def test_a_client_of_another_machine_comes_over_tcp(
         target = f"127.0.0.1:{probe.getsockname()[1]}"
     usual = launcher._service
 
-    def listening(directory: HostDirectory, name: str) -> launcher._Service:
-        service = usual(directory, name)
+    def listening(
+        directory: HostDirectory, name: str, *, held: bool = False
+    ) -> launcher._Service:
+        service = usual(directory, name, held=held)
         if name != "guest_memfd":
             return service
         arguments = (*service.arguments, "--listen", target)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,49 +10,11 @@ import pytest
 from gmem.uapi.errors import Contended
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 from tests.support.hosts import SIGBUS, Host, new_inode, running_host, wait_until
-from tests.support.requirements import require_fuse, require_root
+from tests.support.ordinary_user import NOBODY, reachable_python
 
 pytestmark = pytest.mark.fuse
 
-NOBODY = (65534, 65534)
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def reachable_python(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Have services started by an interpreter that everybody may run.
-
-    Where it lies in somebody's home it is shown below a directory of its own.
-    """
-    require_fuse()
-    require_root()
-    if _nobody_can_run(sys.executable):
-        yield
-        return
-    place = Path(f"/tmp/gpy-{os.getpid()}")
-    place.mkdir(mode=0o755)
-    subprocess.run(["mount", "--bind", sys.base_prefix, place], check=True)
-    try:
-        name = Path(os.path.realpath(sys.executable)).name
-        monkeypatch.setattr(sys, "executable", str(place / "bin" / name))
-        paths = [str(ROOT / part) for part in ("protos", "services", "clients")]
-        paths += [path for path in sys.path if path.endswith("site-packages")]
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*paths, str(ROOT)]))
-        assert _nobody_can_run(sys.executable)
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
-        place.rmdir()
-
-
-def _nobody_can_run(executable: str) -> bool:
-    command = [executable, "-c", "import sys"]
-    try:
-        return subprocess.run(command, user=NOBODY[0], check=False).returncode == 0
-    except PermissionError:
-        return False
+__all__ = ["reachable_python"]
 
 
 @pytest.fixture

@@ -28,6 +28,13 @@ def require_fuse() -> None:
         pytest.skip(f"needs {FUSE_DEVICE}, which does not open: {error.strerror}")
 
 
+def require_programs(*names: str) -> None:
+    """Skip unless all these programs are installed."""
+    for name in names:
+        if shutil.which(name) is None:
+            pytest.skip(f"needs the program {name}, which is not installed")
+
+
 def require_engine() -> None:
     """Skip unless a container engine answers, and a compose that speaks to it."""
     if shutil.which("docker") is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from gmem.ctl.errors import ControlError
+from gmem.keeper import fusermount
 
 SUN_PATH_MAX: Final = 107
 """Bytes of a UNIX socket's path (struct sockaddr_un, without the final zero)."""
@@ -98,7 +99,16 @@ class HostDirectory:
             )
 
     def remove(self) -> None:
-        """Remove it with all it holds, and the default base when that is empty."""
+        """Remove it with all it holds, and the default base when that is empty.
+
+        A mount that a keeper was killed over goes too; ControlError where it stays.
+        """
+        try:
+            fusermount.clean_stale(self.path)
+        except OSError as error:
+            raise ControlError(
+                f"{self.path} is not removed: {error.strerror}"
+            ) from error
         shutil.rmtree(self.path, ignore_errors=False)
         if self.base in _default_bases(os.environ):
             with contextlib.suppress(OSError):

@@ -45,7 +45,7 @@ from gmem.uapi.errors import TransportError
 READY_SECONDS_MAX: Final = 60.0
 RESTARTS_MAX: Final = 5
 _POLL_SECONDS: Final = 0.02
-_REASON_CHARS_MAX: Final = 400
+_REASON_CHARS_MAX: Final = 600
 _HELD: Final = "--start-on-stdin"
 
 _Child: TypeAlias = "subprocess.Popen[bytes]"
@@ -120,6 +120,8 @@ async def _start_all(
             child = held.pop(name, None)
             state = await _start_one(directory, state, name, held=child)
             tell(f"{name} answers, pid {state.services[-1].pid}")
+            for limit in limits(directory) if name == "keeper" else ():
+                tell(f"  {limit}")
     except BaseException:
         for child in held.values():
             child.kill()
@@ -350,7 +352,19 @@ async def _answers(service: _Service, log: Path, pid: int) -> bool:
 
 def _listens(service: _Service) -> bool:
     """Tell whether its socket is there: asking earlier only costs it time."""
+    if not service.target.startswith("unix:"):
+        return True
     return Path(service.target.removeprefix("unix:")).exists()
+
+
+def limits(directory: HostDirectory) -> list[str]:
+    """Return what the keeper said is slower or missing, for want of a privilege."""
+    log = directory.log("keeper")
+    if not log.exists():
+        return []
+    ready = [line for line in log_lines(log) if line.get("event") == "ready"]
+    found = ready[-1].get("limits") if ready else None
+    return [str(limit) for limit in found] if isinstance(found, list) else []
 
 
 def log_lines(log: Path) -> list[dict[str, object]]:

@@ -50,14 +50,18 @@ def up(plan: launcher.Plan, *, as_json: bool) -> None:
     """Start a host and print its services. Raises ControlError."""
     tell = _quiet if as_json else _tell
     state = asyncio.run(launcher.start(plan, tell))
-    _print_statuses(asyncio.run(_statuses([state])), as_json=as_json)
+    statuses = asyncio.run(_statuses([state]))
+    # People have heard of limits already.
+    limits = _limits(plan.directory.base, [state]) if as_json else {}
+    _print_statuses(statuses, limits, as_json=as_json)
 
 
 def repair(directory: HostDirectory, *, as_json: bool) -> None:
     """Start the keeper of a host again and print its services. Raises ControlError."""
     tell = _quiet if as_json else _tell
     state = asyncio.run(launcher.repair(directory, tell))
-    _print_statuses(asyncio.run(_statuses([state])), as_json=as_json)
+    statuses = asyncio.run(_statuses([state]))
+    _print_statuses(statuses, _limits(directory.base, [state]), as_json=as_json)
 
 
 def status(base: Path, host: str | None, *, wait_seconds: float, as_json: bool) -> bool:
@@ -79,7 +83,8 @@ def status(base: Path, host: str | None, *, wait_seconds: float, as_json: bool) 
                 ExitStatus.UNREACHABLE,
             )
     statuses = asyncio.run(_good_statuses(states, wait_seconds))
-    _print_statuses(statuses, as_json=as_json)
+    here = [] if found is not None else states
+    _print_statuses(statuses, _limits(base, here), as_json=as_json)
     return all(one.good for one in statuses)
 
 
@@ -143,15 +148,28 @@ def _all_states(base: Path) -> list[HostState]:
     return [state for state in found if state is not None]
 
 
-def _print_statuses(statuses: list[ServiceStatus], *, as_json: bool) -> None:
+def _limits(base: Path, states: list[HostState]) -> dict[str, list[str]]:
+    """Return what each host lacks for want of a privilege, if it lacks anything."""
+    found = {
+        state.host: launcher.limits(HostDirectory(base, state.host)) for state in states
+    }
+    return {host: sentences for host, sentences in found.items() if sentences}
+
+
+def _print_statuses(
+    statuses: list[ServiceStatus], limits: dict[str, list[str]], *, as_json: bool
+) -> None:
     if as_json:
-        print_json({"services": [asdict(one) for one in statuses]})
+        print_json({"services": [asdict(one) for one in statuses], "limits": limits})
         return
     columns = ("HOST", "SERVICE", "PID", "STATE", "TARGET")
     rows = [
         (s.host, s.service, s.pid or "-", s.state, s.target or "-") for s in statuses
     ]
     print_table(columns, rows)
+    for host, sentences in limits.items():
+        for sentence in sentences:
+            _tell(f"{host}: {sentence}")
 
 
 def _tell(sentence: str) -> None:

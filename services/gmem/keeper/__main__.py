@@ -48,7 +48,7 @@ def main() -> int:
         listener = fdpass.listen(path)
         if options.service.uid is not None:
             os.chown(path, options.service.uid, -1)
-        held = None if take_back else making.make(arguments.store_pages)
+        held = None if take_back else _made(arguments, run_dir, point)
     except (CannotKeep, OSError) as error:
         log("cannot_start", error=str(error))
         return EXIT_CANNOT
@@ -68,6 +68,15 @@ def main() -> int:
     return status
 
 
+def _made(
+    arguments: argparse.Namespace, run_dir: Path, point: Path | None
+) -> making.Held:
+    held = making.make(arguments.store_pages, run_dir)
+    if point is not None and not held.attachable:
+        raise CannotKeep("--mount-point needs CAP_SYS_ADMIN: leave it out")
+    return held
+
+
 def _say_ready(held: making.Held) -> None:
     survival = "on" if held.survival else "off: the kernel has no RESEND (6.9)"
     log(
@@ -76,6 +85,7 @@ def _say_ready(held: making.Held) -> None:
         connection_id=held.connection_id,
         store_pages=held.nr_pages,
         crash_survival=survival,
+        limits=held.limits,
     )
 
 

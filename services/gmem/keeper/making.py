@@ -9,14 +9,25 @@ import select
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from gmem.keeper import mounts, tuning
+from gmem.keeper import fusermount, mounts, tuning
 from gmem.runtime import fusewire as wire
+from gmem.runtime.mappings import can_see_other_processes
 
 PAGE_SIZE: Final = 4096
 EXIT_CANNOT: Final = 1
 INIT_SECONDS_MAX: Final = 10.0
+
+_NO_OTHERS: Final = (
+    "processes of other users can map a view that they are given, and do no other "
+    "system call on it: user_allow_other in /etc/fuse.conf changes that"
+)
+_NO_PAGE_TABLES: Final = (
+    "who maps a page is known from the reports of clients alone: the page tables of "
+    "other users' processes cannot be read without CAP_SYS_PTRACE"
+)
 
 
 class CannotKeep(Exception):  # noqa: N818 - says what happened
@@ -41,6 +52,20 @@ class Held:
     nr_pages: int
     connection_id: int
     survival: bool
+    attachable: bool = True
+    """Whether the mount can be shown at a path as well."""
+    limits: tuple[str, ...] = ()
+    """What is slower or missing because this user may not do more, as sentences."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mounted:
+    """A connection and its mount; the rest as of Held."""
+
+    fuse_fd: int
+    mount_fd: int
+    attachable: bool = True
+    limits: tuple[str, ...] = ()
 
 
 def log(event: str, **fields: object) -> None:
@@ -50,27 +75,64 @@ def log(event: str, **fields: object) -> None:
     sys.stderr.flush()
 
 
-def make(nr_pages: int) -> Held:
+def make(nr_pages: int, run_dir: Path) -> Held:
     """Open the connection, mount it nowhere, tune it, and make the store."""
-    fuse_fd = _open_fuse()
+    mounted = _mount(run_dir)
+    major, minor = mounts.device_of(mounted.mount_fd)
+    limits = [*mounted.limits, *_tune(major, minor)]
+    if not can_see_other_processes():
+        limits.append(_NO_PAGE_TABLES)
+    flags = _answer_init(mounted.fuse_fd)
+    return Held(
+        fuse_fd=mounted.fuse_fd,
+        mount_fd=mounted.mount_fd,
+        store_fd=_make_store(nr_pages),
+        nr_pages=nr_pages,
+        connection_id=minor,
+        survival=bool(flags & wire.InitFlag.HAS_RESEND),
+        attachable=mounted.attachable,
+        limits=tuple(limits),
+    )
+
+
+def _mount(run_dir: Path) -> _Mounted:
+    """Mount by ourselves, or, where that is not allowed, by fusermount3."""
     try:
-        mount_fd = mounts.mount_detached(fuse_fd)
+        return _mount_alone()
+    except OSError as error:
+        alone = error
+    try:
+        fuse_fd, mount_fd = fusermount.mount(run_dir)
     except OSError as error:
         raise CannotKeep(
-            f"cannot mount FUSE ({error.strerror}): run as root or with CAP_SYS_ADMIN; "
-            "there is no other way to serve views yet"
+            f"cannot mount FUSE: {alone.strerror}, and as an ordinary user: "
+            f"{error.strerror}; run as root or with CAP_SYS_ADMIN where /dev/fuse is "
+            "(containers: --device /dev/fuse --cap-add SYS_ADMIN), or install fuse3 "
+            "where /dev/fuse is for everybody"
         ) from error
-    major, minor = mounts.device_of(mount_fd)
+    limits = [f"mounted by fusermount3 as an ordinary user ({alone.strerror})"]
+    if not fusermount.others_allowed():
+        limits.append(_NO_OTHERS)
+    return _Mounted(fuse_fd, mount_fd, attachable=False, limits=tuple(limits))
+
+
+def _mount_alone() -> _Mounted:
+    fuse_fd = _open_fuse()
+    try:
+        return _Mounted(fuse_fd, mounts.mount_detached(fuse_fd))
+    except OSError:
+        os.close(fuse_fd)
+        raise
+
+
+def _tune(major: int, minor: int) -> list[str]:
     refused = tuning.tune(major, minor)
-    if refused:
-        log(
-            "not_tuned",
-            refused=refused,
-            hint=f"rewriting guest memory is up to ten times slower; make "
-            f"/sys/class/bdi/{major}:{minor} writable",
-        )
-    survival = bool(_answer_init(fuse_fd) & wire.InitFlag.HAS_RESEND)
-    return Held(fuse_fd, mount_fd, _make_store(nr_pages), nr_pages, minor, survival)
+    if not refused:
+        return []
+    place = f"/sys/class/bdi/{major}:{minor}"
+    log("not_tuned", refused=refused, hint=f"make {place} writable")
+    words = "rewriting guest memory through a mapping is 8 to 10 times slower"
+    return [f"{words}: {place} cannot be written"]
 
 
 def _answer_init(fuse_fd: int) -> wire.InitFlag:
@@ -92,11 +154,8 @@ def _open_fuse() -> int:
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise CannotKeep(
-            f"cannot open /dev/fuse ({error.strerror}): run as root where the device "
-            "exists (containers: --device /dev/fuse --cap-add SYS_ADMIN); "
-            "there is no other way to serve views yet"
-        ) from error
+        words = f"cannot open /dev/fuse: {error.strerror}"
+        raise OSError(error.errno, words) from error
 
 
 def _make_store(nr_pages: int) -> int:

@@ -1,8 +1,8 @@
 """A FUSE mount in no mount table, made with the new mount API; and its end.
 
-Needs CAP_SYS_ADMIN and /dev/fuse. Everything raises OSError with the system call
-that failed in its text. No path of the mount is ever looked up: that would ask a
-server that may not be there.
+Needs CAP_SYS_ADMIN and /dev/fuse; who lacks them has `fusermount`. Everything raises
+OSError with the system call that failed in its text. No path of the mount is ever
+looked up: that would ask a server that may not be there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _STATX_SIZE, _STATX_DEV_AT = 256, 136
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 _MNT_FORCE, _MNT_DETACH = 1, 2
+
+_CONTROL = Path("/sys/fs/fuse/connections")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -104,11 +106,16 @@ def device_of(mount_fd: int) -> tuple[int, int]:
 def abort_connection(connection_id: int, scratch: Path) -> None:
     """End a FUSE connection: everything that waits on it fails, and every new touch.
 
-    Through the fuse control file system, mounted over the directory `scratch` in a
-    mount namespace of our own: nobody else sees it. Closing the descriptor would not
+    Through the fuse control file system where the machine shows it, which is all that
+    an ordinary user may do; else mounted over the directory `scratch` in a mount
+    namespace of our own: nobody else sees it. Closing the descriptor would not
     do: a thread killed inside an invalidation holds it too, for as long as nobody
     answers. This process stays in the new namespace: do it last.
     """
+    usual = _CONTROL / str(connection_id) / "abort"
+    if usual.exists():
+        usual.write_text("1")
+        return
     _check(_libc.unshare(_CLONE_NEWNS), "unshare")
     # Before the mount: a shared root would show it to everybody.
     _check(_libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "make private")
