@@ -180,6 +180,10 @@ ROWS: list[tuple[str, str, str, dict[str, Any], Reason, str, str]] = [
         *(R.BINDING_FOREIGN_VM, "EINVAL", "create one for this VM"),
     ),
     (
+        *("a descriptor", "vmm", SLOT, {"guest_memfd": "descriptors/1"}),
+        *(R.DESCRIPTOR_TYPE, "EINVAL", "is no guest_memfd"),
+    ),
+    (
         *("no file", "vmm", SLOT, {"guest_memfd": "@no"}),
         *(R.FD_UNKNOWN, "EBADF", "guest_memfd"),
     ),

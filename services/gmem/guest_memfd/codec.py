@@ -51,7 +51,8 @@ class Names:
     """Resource names of one host: hosts/{host}/guestMemfds/1, .../operations/1."""
 
     def __init__(self, host: str) -> None:
-        self._prefix = f"hosts/{host}/guestMemfds/"
+        self._host = f"hosts/{host}"
+        self._prefix = f"{self._host}/guestMemfds/"
         self._operations = f"hosts/{host}/operations/"
 
     def of(self, inode: int) -> str:
@@ -69,15 +70,18 @@ class Names:
         )
 
     def file(self, name: str) -> int:
-        """Return the inode number of a name that stands for a descriptor.
+        """Return the inode number in a name that stands for a descriptor.
 
-        BadRequest (DESCRIPTOR_TYPE) for the name of something else, NoSuchObject
-        (FD_UNKNOWN) for that of nothing.
+        BadRequest (DESCRIPTOR_TYPE) for what is a descriptor of something else: the
+        host (/dev/kvm), a VM, a file that a client gave to a broker. NoSuchObject
+        (FD_UNKNOWN) for what is none.
         """
-        if name and not name.startswith(self._prefix):
+        if name == self._host or name.startswith(
+            (f"{self._host}/vms/", "descriptors/")
+        ):
             raise BadRequest(
                 Reason.DESCRIPTOR_TYPE,
-                f"{name!r} is no guest_memfd; names of those read {self._prefix}1",
+                f"{name!r} is no guest_memfd; names read {self._prefix}1",
             )
         return self.inode(name, unknown=Reason.FD_UNKNOWN)
 

@@ -111,16 +111,18 @@ class MemoryPorts:
         """Let worker threads end; those asleep in the kernel are not waited for."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def adopt(self, table: InodeTable, *, host_mmap: bool) -> None:
+    def adopt(self, table: InodeTable, *, host_mmap: bool, counts_blocks: bool) -> None:
         """Serve the views of an inode whose page states are there already."""
         self._tables[table.ino] = table
-        self._session.add_inode(table, host_mmap=host_mmap)
+        self._session.add_inode(table, host_mmap=host_mmap, counts_blocks=counts_blocks)
 
     def _add_inode(self, effect: fx.AddInode) -> None:
         table = InodeTable.create(effect.inode, effect.i_size, effect.page_size)
         # Before anybody can open it: who stands in for us must know it.
         self._keeper.hold(table)
-        self.adopt(table, host_mmap=effect.host_mmap)
+        self.adopt(
+            table, host_mmap=effect.host_mmap, counts_blocks=effect.counts_blocks
+        )
 
     def _set_view_state(self, effect: fx.SetViewState) -> None:
         pages = effect.pages

@@ -246,7 +246,8 @@ class GuestMemfdService:
             inode = self.core.find(table.ino)
             misplaced += recovery.settle(table, inode)
             mmap = inode is None or inode.rules.creation.host_mmap(inode.options)
-            memory.adopt(table, host_mmap=mmap)
+            blocks = inode is None or inode.rules.counts_blocks(table.page_size)
+            memory.adopt(table, host_mmap=mmap, counts_blocks=blocks)
             if inode is not None:
                 for view in ViewKind:
                     inode.references.views_open[view] = table.opens(view)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from gmem.uapi.errors import BadRequest, Reason, Unsupported
+from gmem.uapi.errors import BadRequest, Exhausted, Reason, Unsupported
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES, PgRange, format_size
 
 # loff_t is signed: no file is longer, and no end of a range lies beyond.
 OFFSET_LIMIT: Final = (1 << 63) - 1
+FILE_BYTES_MAX: Final = 1 << 40
+"""Bytes of one file: its tables have an entry for each 4K, used or not."""
 
 
 def require_creatable(size: int, page_size: int) -> None:
-    """Check the arguments of KVM_CREATE_GUEST_MEMFD."""
+    """Check the arguments of KVM_CREATE_GUEST_MEMFD.
+
+    Raises BadRequest (PAGE_SIZE_UNKNOWN, SIZE_INVALID), Exhausted (LIMIT_REACHED).
+    """
     if page_size not in PAGE_SIZES:
         raise BadRequest(
             Reason.PAGE_SIZE_UNKNOWN,
@@ -31,6 +36,13 @@ def require_creatable(size: int, page_size: int) -> None:
             "below 2^63: round it up",
             size=size,
             page_size=page_size,
+        )
+    if size > FILE_BYTES_MAX:
+        raise Exhausted(
+            Reason.LIMIT_REACHED,
+            f"a file of {format_size(size)} is more than the "
+            f"{format_size(FILE_BYTES_MAX)} that a file may have here: make several",
+            size=size,
         )
 
 

@@ -176,13 +176,15 @@ class ReadDescriptor(Effect[None]):
 class AddInode(Effect[None]):
     """Make the page-state table of a new inode: all pages CLOSED, all holes.
 
-    Without `host_mmap` the host view can be opened, and mmap of it is ENODEV.
+    Without `host_mmap` the host view can be opened, and mmap of it is ENODEV. Without
+    `counts_blocks` its st_blocks stays 0.
     """
 
     inode: int
     i_size: int
     page_size: int
     host_mmap: bool = True
+    counts_blocks: bool = True
 
 
 @dataclass(frozen=True, slots=True)

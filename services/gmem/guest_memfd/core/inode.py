@@ -117,6 +117,7 @@ class Inode:
         """Return a snapshot; equal snapshots are equal inodes to every caller."""
         shared = self.faultability.shared_pages
         folios = self.filemap.nr_whole + self.filemap.nr_split
+        counted = folios if self.rules.counts_blocks(self.page_size) else 0
         views = self.references.views_open
         return InodeStatistics(
             inode=self.number,
@@ -124,7 +125,7 @@ class Inode:
             vm=self.vm,
             i_size=self.i_size,
             page_size=self.page_size,
-            st_blocks=folios * self.page_size >> _BLOCK_SHIFT,
+            st_blocks=counted * self.page_size >> _BLOCK_SHIFT,
             st_blksize=self.page_size,
             file_open=self.file_open,
             host_views_open=views[ViewKind.HOST],

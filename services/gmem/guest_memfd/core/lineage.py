@@ -28,6 +28,7 @@ from gmem.guest_memfd.core.in_use import (
 )
 from gmem.guest_memfd.core.restructure import Eager, RestructurePolicy
 from gmem.uapi.lineage import Lineage
+from gmem.uapi.pages import PAGE_SIZE
 
 
 class Operation(Enum):
@@ -57,8 +58,9 @@ class LineageRules:
     `bind_sets_faultability` whether a bind overwrites the range with the default of
     the VM's type; `convert_ioctls` whether the file has ioctls that convert;
     `holds_keep_inode` whether a page that is held keeps its inode alive;
-    `mempolicy_by_range` whether the file has memory policies of its own (mbind). The
-    others are policies.
+    `mempolicy_by_range` whether the file has memory policies of its own (mbind);
+    `counts_base_pages` whether st_blocks counts pages of 4K, too. The others are
+    policies.
     """
 
     lock_modes: Mapping[Operation, Mode | None]
@@ -71,6 +73,11 @@ class LineageRules:
     holds_keep_inode: bool
     evict_folios: EvictPolicy
     mempolicy_by_range: bool
+    counts_base_pages: bool = True
+
+    def counts_blocks(self, page_size: int) -> bool:
+        """Whether st_blocks of a file with such pages counts its folios."""
+        return self.counts_base_pages or page_size > PAGE_SIZE
 
 
 _RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
@@ -117,6 +124,7 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         holds_keep_inode=False,
         evict_folios=free_page_by_page,
         mempolicy_by_range=False,
+        counts_base_pages=False,
     ),
     Lineage.MAINLINE: LineageRules(
         lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
@@ -129,5 +137,6 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         holds_keep_inode=False,
         evict_folios=free_page_by_page,
         mempolicy_by_range=True,
+        counts_base_pages=False,
     ),
 }

@@ -71,7 +71,14 @@ class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
         handle = yield from perform(Reserve(options.page_size, nr_folios, owner))
         mmap = rules.creation.host_mmap(options)
         try:
-            yield from perform(AddInode(number, options.size, options.page_size, mmap))
+            added = AddInode(
+                number,
+                options.size,
+                options.page_size,
+                host_mmap=mmap,
+                counts_blocks=rules.counts_blocks(options.page_size),
+            )
+            yield from perform(added)
         except OPERATION_ERRORS:
             yield from perform(Unreserve(handle))
             raise

@@ -84,7 +84,7 @@ class Files:
         return wire.Attributes(
             ino=wire.nodeid_of(node.ino, view),
             size=table.i_size,
-            allocated=table.allocated_bytes,
+            allocated=table.allocated_bytes if node.counts_blocks else 0,
             block_size=table.page_size,
             mode=FILE_MODE,
             uid=os.getuid(),

@@ -88,15 +88,21 @@ class ViewNode(PageAccess[InodeTable]):
     """The requests and the page table of one inode.
 
     Every method but the constructor is called with `lock` held. Without `host_mmap`
-    the host view cannot be mapped.
+    the host view cannot be mapped; without `counts_blocks` its st_blocks stays 0.
     """
 
     def __init__(
-        self, table: InodeTable, store: PageStore, *, host_mmap: bool = True
+        self,
+        table: InodeTable,
+        store: PageStore,
+        *,
+        host_mmap: bool = True,
+        counts_blocks: bool = True,
     ) -> None:
         super().__init__(table, store.bytes)
         self.ino = table.ino
         self.host_mmap = host_mmap
+        self.counts_blocks = counts_blocks
         self.lock = threading.Lock()
         self.parked: dict[int, ParkedRead] = {}
         self.watches: list[Watch] = []

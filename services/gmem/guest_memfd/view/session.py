@@ -132,14 +132,22 @@ class ViewSession:
         """False once the kernel has ended the connection: all views fail closed."""
         return not self._channel.dead
 
-    def add_inode(self, table: InodeTable, *, host_mmap: bool = True) -> None:
+    def add_inode(
+        self,
+        table: InodeTable,
+        *,
+        host_mmap: bool = True,
+        counts_blocks: bool = True,
+    ) -> None:
         """Serve the views of an inode that is not served yet.
 
-        Without `host_mmap`, mmap of the host view is ENODEV.
+        Without `host_mmap`, mmap of the host view is ENODEV; without `counts_blocks`
+        st_blocks stays 0.
         """
         assert table.ino not in self._nodes, table.ino
-        node = ViewNode(table, self._store, host_mmap=host_mmap)
-        self._nodes[table.ino] = node
+        self._nodes[table.ino] = ViewNode(
+            table, self._store, host_mmap=host_mmap, counts_blocks=counts_blocks
+        )
 
     def remove_inode(self, ino: int) -> None:
         """Serve an inode no longer: parked READs are EIO, later requests EIO or ESTALE.

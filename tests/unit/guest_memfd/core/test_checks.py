@@ -111,6 +111,8 @@ def test_arguments_are_checked_in_the_kernels_order() -> None:
         (SIZE_1G, 0, Reason.PAGE_SIZE_UNKNOWN),
         (SIZE_1G, 1 << 16, Reason.PAGE_SIZE_UNKNOWN),
         (5 * SIZE_1G, SIZE_1G, Reason.POOL_EMPTY),
+        ((1 << 40) + PAGE_SIZE, PAGE_SIZE, Reason.LIMIT_REACHED),
+        ((1 << 63) - PAGE_SIZE, PAGE_SIZE, Reason.LIMIT_REACHED),
     ],
 )
 def test_bad_create(size: int, page_size: int, reason: Reason) -> None:

@@ -17,7 +17,7 @@ from gmem.guest_memfd.core.values import (
     ViewKind,
 )
 from gmem.uapi.errors import Errno, Reason, Unsupported
-from gmem.uapi.flags import Faultability
+from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, Faultability
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
 from tests.support.gmem_world import EIO, GmemWorld, part, refused, whole
@@ -70,6 +70,15 @@ def test_each_flag_stands_for_itself_and_bind_changes_nothing(
         if not inode.bindings.all:
             world.run(world.bind(inode, shared=default_of_the_vm))
     world.check()
+
+
+def test_st_blocks_counts_nothing() -> None:
+    world = GmemWorld()
+    inode = made(world, mmap=True, init_shared=True)
+    assert not world.asked(fx.AddInode)[-1].counts_blocks
+    world.run(world.core.fallocate(inode.number, FALLOC_FL_KEEP_SIZE, 0, inode.i_size))
+    assert inode.filemap.nr_whole == inode.i_size // PAGE_SIZE
+    assert inode.statistics().st_blocks == 0
 
 
 @pytest.mark.parametrize("page_size", [SIZE_2M, SIZE_1G], ids=["2M", "1G"])

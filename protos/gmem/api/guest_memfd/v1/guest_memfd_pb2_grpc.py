@@ -169,6 +169,7 @@ class GuestMemfdServiceServicer:
         | mempolicy has an unknown mode | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode |
         | a flag that the lineage does not know | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
         | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
+        | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |

@@ -195,6 +195,7 @@ class VmmServiceServicer:
         | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
         | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
+        | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |

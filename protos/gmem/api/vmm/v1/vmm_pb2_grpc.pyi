@@ -81,6 +81,7 @@ class VmmServiceStub:
     | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
     | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
+    | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -287,6 +288,7 @@ class VmmServiceAsyncStub(VmmServiceStub):
     | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
     | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
+    | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -526,6 +528,7 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
         | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
+        | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
