@@ -289,7 +289,7 @@ class EmulatedVm(Vm):
         """Take over the VM `name`."""
         self._kernel = kernel
         self.name = name
-        self._given: list[str] = []
+        self._given: dict[int, tuple[HasFileno, str]] = {}
         self._closed = False
 
     def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
@@ -386,13 +386,16 @@ class EmulatedVm(Vm):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
-        for descriptor in self._given:
+        for _, descriptor in self._given.values():
             self._kernel.descriptors.drop(descriptor)
 
     def _give(self, file: HasFileno) -> str:
-        descriptor = self._kernel.descriptors.give(file.fileno(), "userspace")
-        self._given.append(descriptor)
-        return descriptor
+        """Give a descriptor to the broker, once; a VM gives back what it was given."""
+        if id(file) not in self._given:
+            descriptor = self._kernel.descriptors.give(file.fileno(), "userspace")
+            # The file is kept, or another might be found under its id.
+            self._given[id(file)] = file, descriptor
+        return self._given[id(file)][1]
 
     def _name_of(self, descriptor: Descriptor | None) -> str:
         """Return the resource that stands for a descriptor, also for a wrong one."""

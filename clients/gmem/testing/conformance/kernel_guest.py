@@ -281,13 +281,14 @@ class VcpuExits:
                 raise RuntimeError(f"KVM_RUN left with exit {reason}, errno {number}")
 
     def _results(self) -> tuple[Result, ...]:
-        """Return what the instructions left that are done since the last exit."""
+        """Return what the reading instructions left, done since the last exit."""
         done = int.from_bytes(self._memory[_DONE : _DONE + 4], "little")
         steps = self._steps[self._reported : done]
         self._reported = done
-        return tuple(self._result(instruction, at) for instruction, at in steps)
+        results = (self._result(instruction, at) for instruction, at in steps)
+        return tuple(result for result in results if result is not None)
 
-    def _result(self, instruction: Instruction, at: int) -> Result:
+    def _result(self, instruction: Instruction, at: int) -> Result | None:
         match instruction:
             case Load(_, size):
                 return Result(data=self._memory[at : at + size])
@@ -295,4 +296,4 @@ class VcpuExits:
                 found = self._memory[at : at + size]
                 return Result(count=size - found.count(bytes([value])))
             case _:
-                return Result()
+                return None
