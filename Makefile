@@ -26,6 +26,8 @@ FIRST_SEED ?= 0
 SIM_SECONDS ?= 1200
 # How often `make survival` kills a service; `make cluster` does it 15 times.
 KILLS ?= 200
+# How long `make fuzz-kernel` plays.
+SECONDS ?= 60
 # Arguments for `make demo`, e.g. DEMO="--payload /bin/ls --json".
 DEMO ?=
 # Arguments for `make bench`, e.g. BENCH="--row a,c --rounds 3".
@@ -93,6 +95,11 @@ conformance: setup ## does an emulated host do what the list of docs/semantics.m
 .PHONY: survival
 survival: setup ## is a killed service felt? KILLS=200
 	$(call pytest,survival,3600,-m cluster tests/cluster/test_survival.py --kills $(KILLS))
+
+.PHONY: fuzz-kernel
+fuzz-kernel: setup ## does the emulated host answer as this kernel? SECONDS=60
+	timeout --signal=INT --kill-after=60 $$(( $(SECONDS) + 300 )) \
+	    $(BIN)/python -X faulthandler -m tests.fuzz --seconds $(SECONDS) < /dev/null
 
 .PHONY: tidy
 tidy: setup ## does the text keep its promises?
