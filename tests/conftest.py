@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import structlog
 
+from gmem.runtime.backend import Backend
 from gmem.testing.watchdog import FuseWatchdog
+from tests.support.backends import backend_of, parametrize
 from tests.support.requirements import require_fuse, require_root
 
 TESTS = Path(__file__).parent
@@ -46,8 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(name)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parametrize(metafunc)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("fuse") is not None:
+    fuse = item.get_closest_marker("fuse") is not None
+    if fuse and backend_of(item) is Backend.FUSE:
         require_fuse()
 
 

@@ -9,7 +9,9 @@ thread, because a write to a file holds that file's lock while it faults:
     os.pwrite(scratch, window)      the kernel reads the window
     os.preadv(scratch, [window])    the kernel writes the window
 
-`array` is the memory itself: as fast as memory, and as deadly.
+`array` is the memory itself: as fast as memory, and as deadly. With the backend memfd
+it kills nobody and refuses nothing: a private page is zeros there, and what is stored
+in it reaches nobody. Safe accesses look at the page states then.
 
 A process that serves the file, runs an event loop or answers RPCs must not map it: one
 fault that waits in the kernel stops every thread of its interpreter. Map windows in a
@@ -29,7 +31,6 @@ import errno
 import mmap
 import os
 import secrets
-import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +38,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import numpy as np
 
+from gmem.runtime import fdpass
 from gmem.runtime.broker_client import BrokerClient
+from gmem.runtime.scratch import thread_scratch
+from gmem.runtime.state_table import HostStates
 from gmem.uapi.errors import BadRequest, NotFaultable, Reason, TransportError
 from gmem.uapi.pages import PAGE_SIZE, format_size
 
@@ -81,6 +85,9 @@ class MappedWindow:
     look into this process. It counts as mapped from the start, after `dont_need` only
     what is left, after the next safe access all of it again.
 
+    `states`, a descriptor that came with the view, tells what is private where a fault
+    does not (the backend memfd): safe accesses look there first and last; the caller's.
+
     Offsets in method arguments count from the start of the window; `error_offset` in
     errors counts from the start of the file, as everywhere else.
 
@@ -98,6 +105,7 @@ class MappedWindow:
         service: str = "guest_memfd",
         target: str = "",
         file: str = "",
+        states: int | None = None,
     ) -> None:
         self.service = service
         self.target = target
@@ -105,6 +113,7 @@ class MappedWindow:
         self.size = _window_size(self._file_size(fd), offset, size)
         self._connection = connection
         self._stat_due = 0.0
+        self._states = None if states is None else HostStates(states)
         self._fd = os.dup(fd)
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
@@ -145,13 +154,13 @@ class MappedWindow:
         start, stop = self._range(offset, size)
         self._report([(0, self.size)])
         copied = bytearray(stop - start)
-        scratch = _scratch()
+        scratch = thread_scratch()
         while start < stop:
             got = self._fetch(scratch, start, min(stop, start + SCRATCH_BYTES))
             done = len(copied) - (stop - start)
             os.preadv(scratch, [memoryview(copied)[done : done + got]], 0)
             start += got
-        self._look()
+        self._look(offset, stop)
         return bytes(copied)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -163,26 +172,26 @@ class MappedWindow:
         source = memoryview(data).cast("B")
         start, stop = self._range(offset, len(source))
         self._report([(0, self.size)])
-        scratch = _scratch()
+        scratch = thread_scratch()
         while start < stop:
             chunk = min(stop, start + SCRATCH_BYTES) - start
             done = len(source) - (stop - start)
             os.pwrite(scratch, source[done : done + chunk], 0)
             self._put(scratch, start, start + chunk)
             start += chunk
-        self._look()
+        self._look(offset, stop)
 
     def fill(self, value: int, offset: int = 0, size: int | None = None) -> None:
         """Write the byte `value` into a range; errors are those of `write`."""
         start, stop = self._range(offset, size)
         self._report([(0, self.size)])
-        scratch = _scratch()
+        scratch = thread_scratch()
         os.pwrite(scratch, bytes([value]) * min(SCRATCH_BYTES, stop - start), 0)
         while start < stop:
             end = min(stop, start + SCRATCH_BYTES)
             self._put(scratch, start, end)
             start = end
-        self._look()
+        self._look(offset, stop)
 
     def dont_need(self, offset: int = 0, size: int | None = None) -> None:
         """Drop this process's mappings of a range, MADV_DONTNEED; the data stay.
@@ -269,12 +278,15 @@ class MappedWindow:
         )
         self._mapped = mapped
 
-    def _look(self) -> None:
+    def _look(self, start: int, stop: int) -> None:
         """Look after an access whether it still counted; cheap enough for each one.
 
+        Without faults, a page that became private meanwhile was zeros, or took what
+        nobody gets.
         The end of the broker connection is seen at once. fstat() asks the service,
         30 us each time, so that beside a broker it comes once in STAT_SECONDS.
         """
+        self._require_shared(start, stop)
         self._require_connection()
         now = time.monotonic()
         if self._connection is None or now >= self._stat_due:
@@ -293,6 +305,7 @@ class MappedWindow:
 
     def _fetch(self, scratch: int, start: int, stop: int) -> int:
         """Copy window bytes to the start of `scratch`; return how many."""
+        stop = self._require_shared(start, stop)
         try:
             # No local name for the slice: a traceback would keep the mapping alive.
             return os.pwrite(scratch, self._require_open()[start:stop].data, 0)
@@ -305,14 +318,29 @@ class MappedWindow:
         self._require_writable()
         done = 0
         while start + done < stop:
+            end = self._require_shared(start + done, stop)
             try:
                 # As in _fetch: no local name.
                 done += os.preadv(
-                    scratch, [self._require_open()[start + done : stop].data], done
+                    scratch, [self._require_open()[start + done : end].data], done
                 )
             except OSError as error:
                 self._raise_refused(error, start + done)
                 raise
+
+    def _require_shared(self, start: int, stop: int) -> int:
+        """Return how far a range may be accessed; NotFaultable: not at all.
+
+        Where page states are known; elsewhere the fault says it.
+        """
+        if self._states is None or start == stop:
+            return stop
+        first = (self.offset + start) // PAGE_SIZE
+        end = -(-(self.offset + stop) // PAGE_SIZE)
+        private = self._states.first_private(first, end)
+        if private == first:
+            raise self._not_faultable(start)
+        return stop if private is None else private * PAGE_SIZE - self.offset
 
     def _require_writable(self) -> None:
         if not self._require_open().flags.writeable:
@@ -325,13 +353,16 @@ class MappedWindow:
         if error.errno != errno.EFAULT:
             return
         self.require_alive()
+        raise self._not_faultable(position) from error
+
+    def _not_faultable(self, position: int) -> NotFaultable:
         page = (self.offset + position) & -PAGE_SIZE
-        raise NotFaultable(
+        return NotFaultable(
             Reason.PAGE_NOT_FAULTABLE,
             f"the page at {page:#x} is private, or past the end of the file: "
             "convert it to shared, or stay inside",
             error_offset=page,
-        ) from error
+        )
 
     def _range(self, offset: int, size: int | None) -> tuple[int, int]:
         """Check a range of the window; return its start and stop."""
@@ -393,7 +424,7 @@ def open_host_view(
     path = Path(broker_path)
     connection = BrokerClient(path, client, secrets.token_hex(8))
     try:
-        fd = connection.take(token)
+        fd, *states = connection.take_all(token)
         try:
             return MappedWindow(
                 fd,
@@ -403,9 +434,10 @@ def open_host_view(
                 connection=connection,
                 target=str(path),
                 file=file,
+                states=states[0] if states else None,
             )
         finally:
-            os.close(fd)
+            fdpass.close_all([fd, *states])
     except BaseException:
         connection.close()
         raise
@@ -430,29 +462,6 @@ class AnonymousMemory(MappedWindow):
             super().__init__(fd, service="memfd", target=name)
         finally:
             os.close(fd)
-
-
-class _Scratch:
-    """A memfd of one thread; goes with it."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.fd = os.memfd_create("gmem-scratch", os.MFD_CLOEXEC)
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
-_scratches = threading.local()
-
-
-def _scratch() -> int:
-    """Return the descriptor of this thread's scratch file."""
-    scratch: _Scratch | None = getattr(_scratches, "scratch", None)
-    # A forked child has a copy of the descriptor, of one and the same file.
-    if scratch is None or scratch.pid != os.getpid():
-        scratch = _scratches.scratch = _Scratch()
-    return scratch.fd
 
 
 def _require_not_negative(offset: int, size: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from tests.support.host_fixtures import (
     allocator,
+    backend,
     before,
     clean_host,
     gmem,
@@ -13,6 +14,7 @@ from tests.support.view_fixtures import make_world, world
 
 __all__ = [
     "allocator",
+    "backend",
     "before",
     "clean_host",
     "gmem",

@@ -16,19 +16,27 @@ import pytest
 
 from gmem.api.guest_memfd.v1.guest_memfd_pb2 import OpenViewResponse, Range
 from gmem.client import GuestMemfdClient
+from gmem.runtime.backend import Backend
+from tests.support.backends import BOTH
 from tests.support.gmemctl import Gmemctl, gmemctl
+from tests.support.hosts import wait_until
 from tests.support.requirements import require_fuse, require_root
 
 SIZE = 1 << 20
 VM = "hosts/local/vms/none"
 
 
+BACKENDS = BOTH
+
+
 @pytest.fixture
-def ctl() -> Iterator[Gmemctl]:
-    require_fuse()
-    require_root()
+def ctl(backend: Backend) -> Iterator[Gmemctl]:
+    if backend is Backend.FUSE:
+        require_fuse()
+        require_root()
     with gmemctl() as made:
-        assert made("up", "--memory", "1G", "--pool", "2M:1").status == 0
+        words = ("up", "--memory", "1G", "--pool", "2M:1", "--backend", backend.value)
+        assert made(*words).status == 0
         yield made
 
 
@@ -116,6 +124,8 @@ def test_a_service_that_died_is_named_by_the_next_access(ctl: Gmemctl) -> None:
         # In this order: the keeper would start the service again.
         for service in ("keeper", "guest_memfd"):
             os.kill(pids[service], signal.SIGKILL)
+        # Without faults the end is noticed by the broker's connection, a moment later.
+        wait_until(lambda: "dead" in ask(child, "read", size=4096), "the end")
         for size in (4096, SIZE):
             dead = ask(child, "read", size=size)["dead"]
             assert dead["service"] == "guest_memfd"

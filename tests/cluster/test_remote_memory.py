@@ -19,10 +19,13 @@ from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.client import GuestMemfdClient, HostAllocatorClient, RemoteMemory
 from gmem.ctl import launcher
 from gmem.ctl.directories import HostDirectory
+from gmem.ctl.state import HostState
+from gmem.runtime.backend import Backend
 from gmem.runtime.interceptors import GO_KEY
 from gmem.uapi.errors import Reason
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tests.support.backends import BOTH
 from tests.support.hosts import (
     HOST,
     Host,
@@ -34,6 +37,7 @@ from tests.support.hosts import (
 )
 
 pytestmark = pytest.mark.fuse
+BACKENDS = BOTH
 
 MIB = 1 << 20
 PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -335,7 +339,7 @@ async def test_a_killed_service_is_not_felt_by_reader_or_writer(
 
 
 async def test_a_client_of_another_machine_comes_over_tcp(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, backend: Backend
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -343,16 +347,16 @@ async def test_a_client_of_another_machine_comes_over_tcp(
     usual = launcher._service
 
     def listening(
-        directory: HostDirectory, name: str, *, held: bool = False
+        directory: HostDirectory, state: HostState, name: str, **held: bool
     ) -> launcher._Service:
-        service = usual(directory, name, held=held)
+        service = usual(directory, state, name, **held)
         if name != "guest_memfd":
             return service
         arguments = (*service.arguments, "--listen", target)
         return dataclasses.replace(service, arguments=arguments, target=target)
 
     monkeypatch.setattr(launcher, "_service", listening)
-    running = running_host()
+    running = running_host(backend=backend)
     host = await asyncio.to_thread(running.__enter__)
     try:
         assert host.target("guest_memfd") == target

@@ -13,6 +13,7 @@ import pytest
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.client import GuestMemfdClient, HostAllocatorClient
+from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape, NodeShape
 from gmem.uapi.errors import Errno, NoSuchObject, Reason
 from gmem.uapi.flags import (
@@ -22,8 +23,14 @@ from gmem.uapi.flags import (
     KVM_GMEM_CONVERT_SHARED,
 )
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tests.support.as_backend import (
+    convert,
+    convert_often,
+    fallocate,
+    is_kept_out,
+)
+from tests.support.backends import BOTH
 from tests.support.hosts import (
-    SIGBUS,
     VM,
     Host,
     Inode,
@@ -38,6 +45,7 @@ from tests.support.hosts import (
 )
 
 pytestmark = pytest.mark.fuse
+BACKENDS = BOTH
 
 KEEP = FALLOC_FL_KEEP_SIZE
 PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -49,11 +57,11 @@ OK = 0
 
 
 @pytest.fixture(scope="module")
-def module_host() -> Iterator[Host]:
+def module_host(backend: Backend) -> Iterator[Host]:
     shape = HostShape(
         nodes=(NodeShape(memory_size=8 * SIZE_1G, huge_pages={SIZE_1G: 4, SIZE_2M: 8}),)
     )
-    with running_host(shape) as host:
+    with running_host(shape, backend=backend) as host:
         yield host
 
 
@@ -78,20 +86,6 @@ async def new_v2(
     return Inode(host, gmem, made.name, size)
 
 
-async def convert(
-    client: Program, request: int, offset: int, size: int
-) -> tuple[int, int]:
-    """Make the ioctl; return errno and error_offset."""
-    answer = await client.asked("convert", request, offset, size)
-    assert (answer["offset"], answer["size"]) == (offset, size)
-    return answer["errno"], answer["error_offset"]
-
-
-async def dies(client: Program, offset: int) -> bool:
-    status = await asyncio.to_thread(client.dies_of, "raw_load", offset)
-    return status == SIGBUS
-
-
 async def refuses(client: Program, offset: int) -> bool:
     """Tell whether a safe access is refused, as a plain one would be deadly."""
     with refused(Reason.PAGE_NOT_FAULTABLE):
@@ -107,13 +101,14 @@ async def test_without_support_shared_mmap_is_enodev_c083(
 ) -> None:
     inode = await new_v2(clean_host, gmem, support_shared=False)
     client = clean_host.program()
+    client.inode = inode
     await client.asked("take", await inode.token())
     with pytest.raises(Refused, match="ENODEV"):
         await client.asked("map")
     assert (await client.asked("fstat"))["st_size"] == SIZE_2M
     # Nothing ever differs there, so a conversion has nothing to do.
     assert await convert(client, SHARED, 0, SIZE_2M) == (OK, 0)
-    await client.asked("fallocate", KEEP, 0, SIZE_2M)
+    await fallocate(client, KEEP, 0, SIZE_2M)
     assert (await inode.get()).whole_folios == 1
 
 
@@ -123,7 +118,7 @@ async def test_init_private_maps_and_a_touch_is_sigbus_c082(
 ) -> None:
     inode = await new_v2(clean_host, gmem, page_size=page_size, init_private=True)
     one, two = await inode.mapped_by("one"), await inode.mapped_by("two")
-    assert await dies(one, 0)
+    assert await is_kept_out(one, 0)
     assert await convert(two, SHARED, 0, page_size) == (OK, 0)
     assert await two.asked("raw_load", 0) == 0
 
@@ -136,7 +131,7 @@ async def test_punching_the_first_page_zeroes_it_alone_c081(
     client = await inode.mapped_by()
     for at in (0, page_size):
         await client.asked("raw_store", at, 0xAA)
-    await client.asked("fallocate", PUNCH, 0, page_size)
+    await fallocate(client, PUNCH, 0, page_size)
     assert await client.asked("raw_load", 0) == 0
     assert await client.asked("raw_load", page_size) == 0xAA
     await client.asked("raw_store", 0, 0xBB)
@@ -161,7 +156,7 @@ async def test_the_kernel_unmaps_and_contents_stay_c087(
 
     assert await convert(caller, PRIVATE, 0, page_size) == (OK, 0)
 
-    assert await dies(victim, 0)
+    assert await is_kept_out(victim, 0)
     for client in (caller, other):
         assert await refuses(client, 0)
     state = await inode.get()
@@ -179,7 +174,7 @@ async def test_convert_before_anything_is_allocated_c089(
     client = await inode.mapped_by()
     assert await convert(client, PRIVATE, 0, page_size) == (OK, 0)
     assert (await inode.get()).st_blocks == 0
-    assert await dies(client, 0)
+    assert await is_kept_out(client, 0)
 
 
 @SIZES
@@ -242,10 +237,10 @@ async def test_punching_keeps_who_may_fault_c093(
     one, two = await inode.mapped_by("one"), await inode.mapped_by("two")
     await one.asked("raw_store", 0, 1)
     assert await convert(one, PRIVATE, page_size, page_size) == (OK, 0)
-    await one.asked("fallocate", KEEP, page_size, page_size)
-    await one.asked("fallocate", PUNCH, 0, 2 * page_size)
+    await fallocate(one, KEEP, page_size, page_size)
+    await fallocate(one, PUNCH, 0, 2 * page_size)
     assert await one.asked("raw_load", 0) == 0
-    assert await dies(two, page_size)
+    assert await is_kept_out(two, page_size)
 
 
 async def test_ioctls_that_are_refused(
@@ -303,7 +298,7 @@ async def test_two_clients_convert_at_once(
         await client.asked("raw_store", number * PAGE_SIZE, number + 5)
     answers = await asyncio.gather(
         *(
-            client.asked("convert_often", number * PAGE_SIZE, PAGE_SIZE, 100)
+            convert_often(client, number * PAGE_SIZE, PAGE_SIZE, 100)
             for number, client in enumerate(clients)
         )
     )
@@ -326,14 +321,14 @@ async def test_punching_a_held_huge_page_is_eagain_and_earlier_ones_are_gone(
         name=inode.name, offset=at, size=PAGE_SIZE, holder="nic"
     )
     with pytest.raises(Refused, match="EAGAIN"):
-        await client.asked("fallocate", PUNCH, 0, inode.size)
+        await fallocate(client, PUNCH, 0, inode.size)
     with refused(Reason.PAGE_IN_USE, "nic", errno="EAGAIN") as caught:
         await inode.fallocate(PUNCH, 0, inode.size)
     assert caught[0].numbers["error_offset"] == at
     values = [await client.asked("raw_load", page * SIZE_2M) for page in range(3)]
     assert values == [0, 2, 3]
     await gmem.unpin_pages(hold=hold)
-    await client.asked("fallocate", PUNCH, 0, inode.size)
+    await fallocate(client, PUNCH, 0, inode.size)
     assert (await inode.get()).st_blocks == 0
 
 

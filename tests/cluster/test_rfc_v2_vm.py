@@ -16,13 +16,17 @@ from gmem.api.guest_memfd.v1 import guest_memfd_pb2
 from gmem.api.vmm.v1 import vmm_pb2 as pb
 from gmem.client import GuestMemfdClient, VmmClient
 from gmem.client.program import fill, load, map_gpa_range, store, verify
+from gmem.runtime.backend import Backend
 from gmem.runtime.broker_client import BrokerClient
 from gmem.uapi.errors import Errno, InUse, KernelError, Reason
 from gmem.uapi.flags import KVM_GMEM_CONVERT_PRIVATE, KVM_GMEM_CONVERT_SHARED
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
-from tests.support.hosts import SIGBUS, Host, Inode, Program, running_host, until
+from tests.support.as_backend import convert, convert_often, is_kept_out
+from tests.support.backends import BOTH
+from tests.support.hosts import Host, Inode, running_host, until
 
 pytestmark = pytest.mark.fuse
+BACKENDS = BOTH
 
 GPA = 4 * SIZE_1G
 GMEM = 4
@@ -35,8 +39,8 @@ SIZES = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def module_host() -> Iterator[Host]:
-    with running_host(nr_vmms=1) as host:
+def module_host(backend: Backend) -> Iterator[Host]:
+    with running_host(nr_vmms=1, backend=backend) as host:
         yield host
 
 
@@ -114,16 +118,6 @@ async def _deleted(client: VmmClient, vm: str) -> bool:
     return True
 
 
-async def convert(client: Program, request: int, offset: int, size: int) -> int:
-    answer = await client.asked("convert", request, offset, size)
-    number: int = answer["errno"]
-    return number
-
-
-async def dies(client: Program, offset: int) -> bool:
-    return await asyncio.to_thread(client.dies_of, "raw_load", offset) == SIGBUS
-
-
 @SIZES
 async def test_host_and_guest_pass_a_page_to_and_fro_c087(
     clean_host: Host, gmem: GuestMemfdClient, page_size: int
@@ -135,12 +129,12 @@ async def test_host_and_guest_pass_a_page_to_and_fro_c087(
         await machine.run(store(GPA, b"\x0b"))
         assert await one.asked("raw_load", 0) == 0xB
 
-        assert await convert(one, PRIVATE, 0, page_size) == 0
-        assert await dies(two, 0)
+        assert await convert(one, PRIVATE, 0, page_size) == (0, 0)
+        assert await is_kept_out(two, 0)
         assert await machine.byte(0) == 0xB
         await machine.run(store(GPA, b"\x0c"))
 
-        assert await convert(one, SHARED, 0, page_size) == 0
+        assert await convert(one, SHARED, 0, page_size) == (0, 0)
         assert await one.asked("raw_load", 0) == 0xC
         assert await machine.byte(0) == 0xC
 
@@ -152,11 +146,11 @@ async def test_what_starts_private_becomes_shared_with_its_content_c088(
     flags = SHARED_FLAG | INIT_PRIVATE
     async with booted(clean_host, gmem, page_size=page_size, flags=flags) as machine:
         one, two = [await machine.inode.mapped_by(name) for name in ("one", "two")]
-        assert await dies(one, 0)
+        assert await is_kept_out(one, 0)
         await machine.run(store(GPA + 5, b"\x0a"))
         level = [SIZE_1G, SIZE_2M, PAGE_SIZE].index(page_size)
         assert (await machine.levels())[level] == 1
-        assert await convert(two, SHARED, 0, page_size) == 0
+        assert await convert(two, SHARED, 0, page_size) == (0, 0)
         assert await machine.levels() == (0, 0, 0)
         assert await two.asked("raw_load", 5) == 0xA
 
@@ -167,7 +161,7 @@ async def test_attributes_that_contradict_have_no_effect_c094(
 ) -> None:
     async with booted(clean_host, gmem, page_size=SIZE_2M, pages=2) as machine:
         host = await machine.inode.mapped_by()
-        assert await convert(host, PRIVATE, SIZE_2M, SIZE_2M) == 0
+        assert await convert(host, PRIVATE, SIZE_2M, SIZE_2M) == (0, 0)
         await machine.run(fill(GPA, PAGE_SIZE, 1), fill(GPA + SIZE_2M, PAGE_SIZE, 2))
         await machine.client.set_memory_attributes(
             vm=machine.vm, address=GPA, size=2 * SIZE_2M, attributes=ATTRIBUTE_PRIVATE
@@ -177,7 +171,7 @@ async def test_attributes_that_contradict_have_no_effect_c094(
         )
         assert [await machine.byte(at) for at in (0, SIZE_2M)] == [1, 2]
         assert await host.asked("raw_load", 0) == 1
-        assert await dies(host, SIZE_2M)
+        assert await is_kept_out(host, SIZE_2M)
         assert (await machine.inode.get()).shared_pages == 512
 
 
@@ -239,7 +233,7 @@ async def test_conversions_by_ioctl_under_a_running_guest_lose_nothing(
             )
         ]
         running = asyncio.create_task(machine.run(*busy))
-        answers = await caller.asked("convert_often", PAGE_SIZE, PAGE_SIZE, 50)
+        answers = await convert_often(caller, PAGE_SIZE, PAGE_SIZE, 50)
         results = await running
         assert answers == {"0": 100}
         assert [result.count for result in results] == [0] * 200

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from gmem.uapi.errors import Contended
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 from tests.support.hosts import SIGBUS, Host, new_inode, running_host, wait_until
-from tests.support.ordinary_user import NOBODY, reachable_python
+from tests.support.ordinary_user import NOBODY, reachable_python, status_of
 
 pytestmark = pytest.mark.fuse
 
@@ -21,11 +20,6 @@ __all__ = ["reachable_python"]
 def nobodys_host(reachable_python: None) -> Iterator[Host]:
     with running_host(nr_vmms=1, user=NOBODY) as host:
         yield host
-
-
-def status_of(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
 async def test_services_without_privileges_do_all_that_services_do(

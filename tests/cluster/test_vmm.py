@@ -25,13 +25,16 @@ from gmem.client.program import (
     store,
     verify,
 )
+from gmem.runtime.backend import Backend
 from gmem.runtime.broker_client import BrokerClient
 from gmem.uapi.errors import Contended, Errno, InUse, KernelError, Reason
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tests.support.backends import BOTH
 from tests.support.hosts import Host, Inode, counters, running_host, until
 
 pytestmark = pytest.mark.fuse
+BACKENDS = BOTH
 
 GPA = 4 * SIZE_1G
 HUGE_1G = 2 | 30 << 26
@@ -40,8 +43,8 @@ PRIVATE = 8
 
 
 @pytest.fixture(scope="module")
-def module_host() -> Iterator[Host]:
-    with running_host(nr_vmms=1) as host:
+def module_host(backend: Backend) -> Iterator[Host]:
+    with running_host(nr_vmms=1, backend=backend) as host:
         yield host
 
 

@@ -11,13 +11,14 @@ from gmem.client import HostAllocatorClient
 from tests.contract.allocators import Core, Subject, Wire, serving_memory, small_host
 from tests.support.host_fixtures import (
     allocator,
+    backend,
     clean_host,
     gmem,
     host_shape,
     module_host,
 )
 
-__all__ = ["allocator", "clean_host", "gmem", "host_shape", "module_host"]
+__all__ = ["allocator", "backend", "clean_host", "gmem", "host_shape", "module_host"]
 
 
 @pytest.fixture(params=["core", "wire"])

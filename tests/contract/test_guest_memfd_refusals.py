@@ -24,11 +24,13 @@ from tests.contract.guest_memfd_scene import (
     everything,
     no_base_memory,
 )
+from tests.support.backends import BOTH
 from tests.support.hosts import Host, changes, refused
 from tests.support.sources import REPOSITORY
 from tests.tidy.test_error_tables import rpcs
 
 pytestmark = pytest.mark.fuse
+BACKENDS = BOTH
 
 CASES = [*guest_memfd_cases.CASES, *LINEAGE_CASES, *BYTE_CASES]
 ELSEWHERE = guest_memfd_cases.ELSEWHERE | BYTES_ELSEWHERE

@@ -13,6 +13,7 @@ import pytest
 
 from gmem.api.host_allocator.v1 import host_allocator_pb2 as allocator_pb
 from gmem.client import GuestMemfdClient, HostAllocatorClient
+from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape
 from tests.support.hosts import SMALL, Host, counters, differences, running_host
 
@@ -28,16 +29,22 @@ def host_shape() -> HostShape:
 
 
 @pytest.fixture(scope="module")
-def module_host(host_shape: HostShape) -> Iterator[Host]:
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """What views are served with: see tests/support/backends.py."""
+    return Backend(getattr(request, "param", Backend.FUSE))
+
+
+@pytest.fixture(scope="module")
+def module_host(host_shape: HostShape, backend: Backend) -> Iterator[Host]:
     """A host that the tests of a module share: starting one takes seconds."""
-    with running_host(host_shape) as host:
+    with running_host(host_shape, backend=backend) as host:
         yield host
 
 
 @pytest.fixture
-def own_host(host_shape: HostShape) -> Iterator[Host]:
+def own_host(host_shape: HostShape, backend: Backend) -> Iterator[Host]:
     """A host for one test, which may kill what it likes."""
-    with running_host(host_shape) as host:
+    with running_host(host_shape, backend=backend) as host:
         yield host
 
 

@@ -32,6 +32,7 @@ from gmem.api.host_allocator.v1 import host_allocator_pb2 as allocator_pb
 from gmem.api.vmm.v1 import vmm_pb2
 from gmem.client import GuestMemfdClient, HostAllocatorClient
 from gmem.runtime import fdpass
+from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape
 from gmem.testing import hosts
 from gmem.testing.hosts import (
@@ -63,6 +64,7 @@ class Program:
 
     def __init__(self, run_dir: Path, name: str, incarnation: str) -> None:
         self.name, self.incarnation = name, incarnation
+        self.inode: Inode | None = None  # What it maps.
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(ANSWER_SECONDS_MAX)
         with theirs:
@@ -200,6 +202,7 @@ class Inode:
     async def mapped_by(self, name: str = "client", incarnation: str = "i1") -> Program:
         """Start a client process that maps the whole host view."""
         program = self.host.program(name, incarnation)
+        program.inode = self
         program.ask("take", await self.token())
         program.ask("map")
         return program
@@ -335,12 +338,19 @@ def running_host(
     under: str = "/tmp",
     restarts_max: int = 5,
     user: tuple[int, int] | None = None,
+    backend: Backend = Backend.FUSE,
 ) -> Iterator[Host]:
     """As gmem.testing.hosts has it, with programs; skipped where it cannot be."""
-    require_fuse()
-    require_root()
+    if backend is Backend.FUSE:
+        require_fuse()
+        require_root()
     with hosts.running_host(
-        shape, nr_vmms, under=under, restarts_max=restarts_max, user=user
+        shape,
+        nr_vmms,
+        under=under,
+        restarts_max=restarts_max,
+        user=user,
+        backend=backend,
     ) as emulated:
         host = Host(
             emulated.directory,

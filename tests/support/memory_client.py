@@ -51,6 +51,7 @@ class MemoryClient:
         self.control = control
         self.broker: BrokerClient
         self.fd = -1
+        self.states: int | None = None
         self.window: MappedWindow
 
     def hello(self, broker: str, client: str, incarnation: str) -> int:
@@ -60,13 +61,19 @@ class MemoryClient:
         return os.getpid()
 
     def take(self, token: str) -> int:
-        self.fd = self.broker.take(token)
+        self.fd, *states = self.broker.take_all(token)
+        self.states = states[0] if states else None
         return self.fd
 
     def map(self, offset: int = 0, size: int | None = None) -> int:
         target = str(self.broker.path)
         self.window = MappedWindow(
-            self.fd, offset, size, connection=self.broker, target=target
+            self.fd,
+            offset,
+            size,
+            connection=self.broker,
+            target=target,
+            states=self.states,
         )
         return self.window.size
 

@@ -39,7 +39,6 @@ def reachable_python(
 
     Where it lies in somebody's home it is shown below a directory of its own.
     """
-    require_fuse()
     require_root()
     if _nobody_can_run(sys.executable):
         yield
@@ -60,6 +59,12 @@ def reachable_python(
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
         place.rmdir()
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """Return the lines of /proc/PID/status by their names."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
 def _nobody_can_run(executable: str) -> bool:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gmem import memory
 from gmem.memory import SCRATCH_BYTES, AnonymousMemory, MappedWindow
+from gmem.runtime.scratch import thread_scratch
 from gmem.uapi.errors import BadRequest, NotFaultable, Reason, TransportError
 from gmem.uapi.pages import PAGE_SIZE
 
@@ -351,7 +351,7 @@ def test_threads_do_not_share_a_scratch_file() -> None:
     barrier = threading.Barrier(2)
 
     def look() -> None:
-        found.append(memory._scratch())
+        found.append(thread_scratch())
         barrier.wait()
 
     threads = [threading.Thread(target=look) for _ in range(2)]

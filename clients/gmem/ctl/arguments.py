@@ -12,7 +12,22 @@ from gmem.ctl import options
 from gmem.ctl.directories import HostDirectory, base_directory
 from gmem.ctl.elsewhere import host_elsewhere
 from gmem.ctl.state import HostState, require_state
+from gmem.runtime.backend import BACKEND_VARIABLE, Backend
 
+ChosenBackend: TypeAlias = Annotated[
+    Backend | None,
+    typer.Option(
+        envvar=BACKEND_VARIABLE,
+        help="How views are served: fuse (a private page is SIGBUS; the default), or "
+        "memfd (plain memfds, no root, no /dev/fuse: a private page is zeros).",
+    ),
+]
+Repair: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--repair", help="Start the keeper of a running host again, nothing else."
+    ),
+]
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON document, also for an error.")
 ]

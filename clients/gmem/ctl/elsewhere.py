@@ -40,7 +40,8 @@ def host_elsewhere(
             f"{TARGETS_VARIABLE} describes host {name}, not {host}: "
             f"say --host {name}, or unset the variable"
         )
-    return HostState(name, "", "", tuple(_service(word) for word in text.split()))
+    services = tuple(_service(word) for word in text.split())
+    return HostState(name, "", "", services, backend="")
 
 
 def _service(word: str) -> ServiceRecord:

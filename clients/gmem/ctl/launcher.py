@@ -39,6 +39,7 @@ from gmem.ctl.state import (
     require_state,
     write_state,
 )
+from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape
 from gmem.uapi.errors import TransportError
 
@@ -62,6 +63,8 @@ class Plan:
     """uid and gid of all services but the keeper; None: our own."""
     restarts_max: int = RESTARTS_MAX
     """How often the keeper starts guest_memfd again in half a minute."""
+    backend: Backend | None = None
+    """How views are served; None: by FUSE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ async def start(
             uid=uid,
             gid=gid,
             restarts_max=plan.restarts_max,
+            backend=(plan.backend or Backend.FUSE).value,
         )
         write_state(directory, state)
         directory.shape.write_text(plan.shape.model_dump_json(indent=2) + "\n")
@@ -114,7 +118,7 @@ async def _start_all(
         for name in names:
             if name != "keeper":
                 held[name] = _spawn(
-                    directory, state, _service(directory, name, held=True)
+                    directory, state, _service(directory, state, name, held=True)
                 )
         for name in names:
             child = held.pop(name, None)
@@ -240,7 +244,7 @@ async def _start_one(
     if name == "keeper":
         service = await _keeper(directory, state, take_back=take_back)
     else:
-        service = _service(directory, name)
+        service = _service(directory, state, name)
     child = held or _spawn(directory, state, service)
     process = record(name, child.pid)
     if process is not None:
@@ -278,10 +282,12 @@ def _let_go(child: _Child) -> None:
 async def _keeper(
     directory: HostDirectory, state: HostState, *, take_back: bool
 ) -> _Service:
-    what: tuple[str, ...] = ("--take-back",)
-    if not take_back:
+    what: tuple[str, ...] = ("--backend", state.backend)
+    if take_back:
+        what += ("--take-back",)
+    elif state.backend != Backend.MEMFD:
         nr_pages = await _store_pages(state.service("host_allocator").target)
-        what = ("--store-pages", str(nr_pages))
+        what += ("--store-pages", str(nr_pages))
     user: tuple[str, ...] = ()
     if state.uid >= 0:
         user = ("--service-uid", str(state.uid), "--service-gid", str(state.gid))
@@ -289,17 +295,20 @@ async def _keeper(
         *("gmem.keeper", "--run-dir", str(directory.path), *what, *user),
         *("--restarts-max", str(state.restarts_max)),
         *("--service-log", str(directory.log(RESTARTED)), "--"),
-        *(sys.executable, "-m", *_service(directory, RESTARTED).arguments),
+        *(sys.executable, "-m", *_service(directory, state, RESTARTED).arguments),
     )
     return _Service("keeper", arguments, "")
 
 
-def _service(directory: HostDirectory, name: str, *, held: bool = False) -> _Service:
-    run_dir = ("--run-dir", str(directory.path))
+def _service(
+    directory: HostDirectory, state: HostState, name: str, *, held: bool = False
+) -> _Service:
     kind = name.partition("-")[0]
-    hold = (_HELD, "1") if held else ()
-    names = ("--host", directory.host, "--name", name)
-    arguments = (f"gmem.{kind}", *run_dir, *names, *hold)
+    arguments = (
+        *(f"gmem.{kind}", "--run-dir", str(directory.path)),
+        *("--host", directory.host, "--name", name, "--backend", state.backend),
+        *((_HELD, "1") if held else ()),
+    )
     return _Service(name, arguments, f"unix:{directory.socket(name)}.sock")
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from gmem.client import GuestMemfdClient
 from gmem.client.health import check_health
 from gmem.ctl import launcher, stopper
 from gmem.ctl.directories import HostDirectory, locked
@@ -39,6 +40,8 @@ class ServiceStatus:
     """`serving`, `running` (no gRPC), `silent` (alive, no answer), `dead`; between a
     crash and the next start by the keeper `restarting`."""
     target: str
+    backend: str = ""
+    """Of `guest_memfd`: what it serves views with; empty where that is not known."""
 
     @property
     def good(self) -> bool:
@@ -122,7 +125,18 @@ async def _statuses(states: list[HostState]) -> list[ServiceStatus]:
 async def _status(state: HostState, service: ServiceRecord) -> ServiceStatus:
     seen = state.elsewhere or service in state.running
     word = await _state_word(service) if seen else _word_of_dead(state, service)
-    return ServiceStatus(state.host, service.name, service.pid, word, service.target)
+    backend = await _backend(state, service, word) if service.name == RESTARTED else ""
+    return ServiceStatus(
+        state.host, service.name, service.pid, word, service.target, backend
+    )
+
+
+async def _backend(state: HostState, service: ServiceRecord, word: str) -> str:
+    """Return what the host was started with, or what its service says."""
+    if state.backend or word != "serving":
+        return state.backend
+    async with GuestMemfdClient(service.target, client="gmemctl") as guest_memfd:
+        return (await guest_memfd.get_capabilities()).data_plane
 
 
 def _word_of_dead(state: HostState, service: ServiceRecord) -> str:
@@ -162,9 +176,10 @@ def _print_statuses(
     if as_json:
         print_json({"services": [asdict(one) for one in statuses], "limits": limits})
         return
-    columns = ("HOST", "SERVICE", "PID", "STATE", "TARGET")
+    columns = ("HOST", "SERVICE", "PID", "STATE", "BACKEND", "TARGET")
     rows = [
-        (s.host, s.service, s.pid or "-", s.state, s.target or "-") for s in statuses
+        (s.host, s.service, s.pid or "-", s.state, s.backend or "-", s.target or "-")
+        for s in statuses
     ]
     print_table(columns, rows)
     for host, sentences in limits.items():

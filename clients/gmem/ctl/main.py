@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 
 from gmem.ctl import inspection, lifecycle, options, reports
-from gmem.ctl.arguments import Host, Json, RunDir, directory_of, state_of
+from gmem.ctl.arguments import (
+    ChosenBackend,
+    Host,
+    Json,
+    Repair,
+    RunDir,
+    directory_of,
+    state_of,
+)
 from gmem.ctl.directories import base_directory
 from gmem.ctl.elsewhere import host_elsewhere
 from gmem.ctl.errors import EPILOG, ExitStatus
@@ -66,12 +74,8 @@ def up(
             "Default: as yourself."
         ),
     ] = None,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            "--repair", help="Start the keeper of a running host again, nothing else."
-        ),
-    ] = False,
+    backend: ChosenBackend = None,
+    repair: Repair = False,
     run_dir: RunDir = None,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +92,7 @@ def up(
             options.parse_page_size(default_hugepagesz),
         )
         who = None if user is None else options.parse_user(user)
-        plan = Plan(directory, shape, vmms, user=who)
+        plan = Plan(directory, shape, vmms, user=who, backend=backend)
         lifecycle.up(plan, as_json=as_json)
 
 
@@ -176,6 +180,7 @@ def demo(
     lineage: Annotated[
         Lineage, typer.Option(help="The kernel series whose behaviour it shows.")
     ] = Lineage.RFC_V1,
+    backend: ChosenBackend = None,
     host: Host = "demo",
     programs: Annotated[
         Path | None,
@@ -197,6 +202,7 @@ def demo(
             payload,
             as_json=as_json,
             lineage=lineage,
+            backend=backend,
             elsewhere=host_elsewhere(os.environ),
             programs=programs,
         )

@@ -10,6 +10,7 @@ from typing import Any, Final
 from gmem.ctl.directories import HostDirectory
 from gmem.ctl.errors import ControlError, ExitStatus
 from gmem.ctl.processes import ProcessRecord, tagged
+from gmem.runtime.backend import Backend
 
 VERSION: Final = 1
 RESTARTED: Final = "guest_memfd"
@@ -46,6 +47,8 @@ class HostState:
     gid: int = -1
     restarts_max: int = 5
     """How often the keeper starts guest_memfd again in half a minute."""
+    backend: str = Backend.FUSE.value
+    """How guest_memfd serves views; not known of a host that somebody else runs."""
 
     @property
     def elsewhere(self) -> bool:

@@ -26,6 +26,7 @@ from gmem.ctl import launcher, stopper
 from gmem.ctl.directories import HostDirectory
 from gmem.ctl.processes import exit_status
 from gmem.ctl.state import HostState, require_state
+from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape, NodeShape
 from gmem.testing.leaks import wait_for_none
 from gmem.testing.watchdog import FuseWatchdog
@@ -48,13 +49,18 @@ class HostLeftError(AssertionError):
 
 @dataclass
 class EmulatedHost:
-    """One running host; `connection_id` names its FUSE connection."""
+    """One running host; `connection_id` names its FUSE connection, if it has one."""
 
     directory: HostDirectory
     shape: HostShape
     state: HostState
-    watchdog: FuseWatchdog
+    watchdog: FuseWatchdog | None
     connection_id: int
+
+    @property
+    def backend(self) -> Backend:
+        """What it serves views with."""
+        return Backend(self.state.backend)
 
     @property
     def run_dir(self) -> Path:
@@ -94,11 +100,12 @@ class EmulatedHost:
 
     def rearm(self) -> None:
         """Give the FUSE connection its whole time again: another test begins."""
-        self.watchdog.watch(self.connection_id)
+        if self.watchdog is not None:
+            self.watchdog.watch(self.connection_id)
 
     def start_again(self) -> None:
         """Start the host again, whose services have all ended."""
-        plan = launcher.Plan(self.directory, self.shape)
+        plan = launcher.Plan(self.directory, self.shape, backend=self.backend)
         self.state = asyncio.run(launcher.start(plan))
         self.connection_id = connection_of(self.directory)
         self.rearm()
@@ -125,18 +132,25 @@ def running_host(
     under: str = "/tmp",  # noqa: S108 - a socket's path has to be short
     restarts_max: int = launcher.RESTARTS_MAX,
     user: tuple[int, int] | None = None,
+    backend: Backend = Backend.FUSE,
 ) -> Iterator[EmulatedHost]:
     """Start a host below a short path of its own; stop it, and audit what is left.
 
-    Raises ControlError where it cannot start, HostLeftError where something is left.
+    With Backend.MEMFD it needs neither root nor /dev/fuse, and enforces less. Raises
+    ControlError where it cannot start, HostLeftError where something is left.
     """
     base = Path(tempfile.mkdtemp(prefix="gh-", dir=under))
     directory = HostDirectory(base, HOST)
     try:
-        with FuseWatchdog(bound_seconds=FUSE_BOUND_SECONDS) as watchdog:
-            plan = launcher.Plan(
-                directory, shape, nr_vmms, restarts_max=restarts_max, user=user
-            )
+        plan = launcher.Plan(
+            directory,
+            shape,
+            nr_vmms,
+            restarts_max=restarts_max,
+            user=user,
+            backend=backend,
+        )
+        with _watchdog(backend) as watchdog:
             state = asyncio.run(launcher.start(plan))
             connection = connection_of(directory)
             host = EmulatedHost(directory, shape, state, watchdog, connection)
@@ -145,14 +159,25 @@ def running_host(
                 yield host
             finally:
                 _stop(directory)
-                # Its number may belong to somebody else's connection soon.
-                watchdog.release(host.connection_id)
-            _require(not watchdog.aborted, "the watchdog had to end a host that hung")
+                if watchdog is not None:
+                    # Its number may belong to somebody else's connection soon.
+                    watchdog.release(host.connection_id)
         left = wait_for_none(base, GONE_SECONDS_MAX)
         left += [f"{path} is left" for path in base.iterdir()]
         _require(not left, "; ".join(left))
     finally:
         shutil.rmtree(base, ignore_errors=True)
+
+
+@contextmanager
+def _watchdog(backend: Backend) -> Iterator[FuseWatchdog | None]:
+    """Bound the FUSE connection; where there is none no fault can hang."""
+    if backend is Backend.MEMFD:
+        yield None
+        return
+    with FuseWatchdog(bound_seconds=FUSE_BOUND_SECONDS) as watchdog:
+        yield watchdog
+        _require(not watchdog.aborted, "the watchdog had to end a host that hung")
 
 
 def connection_of(directory: HostDirectory) -> int:

@@ -1,14 +1,14 @@
 """`python -m gmem.guest_memfd`: the inodes of one emulated host, as a process.
 
 It maps the page store, serves the views over the fuse connection that the keeper made,
-and maps no view itself. Exit status: that of `gmem.runtime.server.run_service`, or
-EXIT_NO_KEEPER where nobody handed the descriptors over.
+and maps no view itself; with the backend memfd it hands memfds out instead. Exit
+status: that of `gmem.runtime.server.run_service`, or EXIT_NO_KEEPER where nobody handed
+the descriptors over.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,15 +16,19 @@ from functools import partial
 from gmem.client import HostAllocatorClient, Patience
 from gmem.guest_memfd import restart, servicer, takeover
 from gmem.guest_memfd.core.effects import Record, ScheduleMerge
+from gmem.guest_memfd.memfd.session import MemfdSession
 from gmem.guest_memfd.memory_ports import MemoryPorts
 from gmem.guest_memfd.page_store import PageStore
 from gmem.guest_memfd.remote_ports import RemotePorts
 from gmem.guest_memfd.service import GuestMemfdService
+from gmem.guest_memfd.store_contents import StoreContents
 from gmem.guest_memfd.view import handover
 from gmem.guest_memfd.view.handover import Handover
 from gmem.guest_memfd.view.session import ViewSession
+from gmem.guest_memfd.views import Contents, Views
 from gmem.guest_memfd.wait_ports import WaitPorts
 from gmem.runtime import log
+from gmem.runtime.backend import Backend
 from gmem.runtime.broker import Broker
 from gmem.runtime.config import ServiceConfig
 from gmem.runtime.drive import Performer, wake_up_fd
@@ -49,18 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TransportError as error:
         logger.critical("no keeper", error=str(error))
         return EXIT_NO_KEEPER
+    if kept.backend is not config.backend:
+        logger.critical("another backend", error=_mismatch(kept, config))
+        return EXIT_NO_KEEPER
     return run_service(config, partial(start, kept=kept))
 
 
 async def start(runtime: Runtime, *, kept: Handover) -> None:
     """Put the service together on the loop of `runtime` and have it served."""
     config = runtime.config
-    store = PageStore.from_fd(kept.store_fd, kept.nr_pages)
     broker = Broker(config.run_dir / BROKER_NAME)
     journal = runtime.use(open_journal(config))
     service = GuestMemfdService(config.host, broker, runtime.events, journal)
-    fds = kept.fuse_fd, kept.mount_fd
-    session = ViewSession(*fds, store, service, keep=[wake_up_fd(), *journal.fds])
+    session, contents = _data_plane(kept, service)
     service.kept = kept
     allocator = _allocator(runtime)
     performer = Performer()
@@ -69,11 +74,10 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
     mapped = await asyncio.to_thread(takeover.mapped_source, kept, service)
     memory = MemoryPorts(
         session,
-        store,
+        contents,
         broker,
         kept,
         mapped=mapped,
-        st_dev=os.makedev(0, kept.connection_id),
         file_of=service.names.of,
     )
     memory.register(performer)
@@ -94,6 +98,7 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
     returning = asyncio.create_task(
         restart.return_orphans(service, allocator, left, remote.lost)
     )
+    looking = asyncio.create_task(service.accounting.look_for_ever())
     servicer.serve(runtime, service, mapped.word)
 
     # Last given comes first: clients are told, then the views end, then the rest.
@@ -102,7 +107,26 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
     runtime.on_stop(partial(asyncio.to_thread, partial(_end, kept, session, memory)))
     runtime.on_stop(broker.stop)
     runtime.on_stop(partial(_cancelled, returning))
+    runtime.on_stop(partial(_cancelled, looking))
     takeover.watch_keeper(kept, runtime)
+
+
+def _data_plane(kept: Handover, service: GuestMemfdService) -> tuple[Views, Contents]:
+    if kept.backend is Backend.MEMFD:
+        memfds = MemfdSession(service)
+        return memfds, memfds
+    store = PageStore.from_fd(kept.store_fd, kept.nr_pages)
+    fds = kept.fuse_fd, kept.mount_fd
+    keep = [wake_up_fd(), *service.journal.fds]
+    session = ViewSession(*fds, store, service, keep=keep)
+    return session, StoreContents(store)
+
+
+def _mismatch(kept: Handover, config: ServiceConfig) -> str:
+    return (
+        f"the keeper has the backend {kept.backend}, and this service was told "
+        f"{config.backend}: start both with the same --backend"
+    )
 
 
 def _allocator(runtime: Runtime) -> HostAllocatorClient:
@@ -119,7 +143,7 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-def _end(kept: Handover, session: ViewSession, memory: MemoryPorts) -> None:
+def _end(kept: Handover, session: Views, memory: MemoryPorts) -> None:
     kept.stopping()
     session.stop()
     memory.close()

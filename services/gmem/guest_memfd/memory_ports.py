@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import ParamSpec, Protocol, TypeVar
 
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.values import HostMapping, ViewKind
 from gmem.guest_memfd.page_states import InodeTable
-from gmem.guest_memfd.page_store import PageStore
 from gmem.guest_memfd.remote_finder import Finder
-from gmem.guest_memfd.view.session import ViewSession
+from gmem.guest_memfd.views import Contents, Views
 from gmem.runtime.broker import Broker, Session
 from gmem.runtime.drive import Performer
-from gmem.runtime.fusewire import nodeid_of
 from gmem.uapi.errors import BadRequest, Contended, InUse, KernelError, Reason
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SHIFT, PgRange
@@ -64,37 +61,37 @@ class MemoryPorts:
 
     def __init__(
         self,
-        session: ViewSession,
-        store: PageStore,
+        session: Views,
+        contents: Contents,
         broker: Broker,
         keeper: TableKeeper,
         *,
         mapped: MappedSource,
-        st_dev: int,
         file_of: Callable[[int], str],
     ) -> None:
         self._session = session
-        self._store = store
+        self._contents = contents
         self._broker = broker
         self._keeper = keeper
         self._mapped = mapped
-        self._st_dev = st_dev
         self._file_of = file_of
         self._tables: dict[int, InodeTable] = {}
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="look")
 
     def register(self, performer: Performer) -> None:
         """Enter every effect of this file in the table of who answers what."""
+        blocking = partial(performer.register_blocking, workers=self._revokers)
+        # What moves or frees bytes takes as long as there are bytes.
+        moving = blocking if self._session.moves_bytes else performer.register_local
         performer.register_local(fx.AddInode, self._add_inode)
-        performer.register_local(fx.SetViewState, self._set_view_state)
+        moving(fx.SetViewState, self._set_view_state)
         performer.register_local(fx.AttachFolio, self._attach)
         performer.register_local(fx.DetachFolio, self._detach)
-        performer.register_local(fx.ClearUptodate, self._clear_uptodate)
+        moving(fx.ClearUptodate, self._clear_uptodate)
         performer.register_local(fx.SetUptodate, self._set_uptodate)
         performer.register_local(fx.IsUptodate, self._is_uptodate)
         performer.register_local(fx.Prepare, self._prepare)
-        performer.register_local(fx.ZeroPages, self._zero)
-        blocking = partial(performer.register_blocking, workers=self._revokers)
+        moving(fx.ZeroPages, self._zero)
         blocking(fx.InvalidateView, self._invalidate_view)
         blocking(fx.QuiesceView, self._quiesce_view)
         blocking(fx.WriteBackView, self._write_back)
@@ -117,7 +114,7 @@ class MemoryPorts:
         self._session.add_inode(table, host_mmap=host_mmap, counts_blocks=counts_blocks)
 
     def _add_inode(self, effect: fx.AddInode) -> None:
-        table = InodeTable.create(effect.inode, effect.i_size, effect.page_size)
+        table = self._session.new_table(effect.inode, effect.i_size, effect.page_size)
         # Before anybody can open it: who stands in for us must know it.
         self._keeper.hold(table)
         self.adopt(
@@ -142,39 +139,20 @@ class MemoryPorts:
             table.detach(effect.index + (number << table.order))
 
     def _clear_uptodate(self, effect: fx.ClearUptodate) -> None:
-        table = self._tables[effect.inode]
-        table.clear_uptodate(effect.pages.start, effect.pages.stop)
+        self._contents.clear_uptodate(self._tables[effect.inode], effect.pages)
 
     def _set_uptodate(self, effect: fx.SetUptodate) -> None:
         table = self._tables[effect.inode]
         table.set_uptodate(effect.pages.start, effect.pages.stop)
 
     def _is_uptodate(self, effect: fx.IsUptodate) -> bool:
-        table = self._tables[effect.inode]
-        return bool(table.uptodate[effect.pages.start : effect.pages.stop].any())
+        return self._contents.is_uptodate(self._tables[effect.inode], effect.pages)
 
     def _prepare(self, effect: fx.Prepare) -> None:
-        table = self._tables[effect.inode]
-        for start, stop in self._frames_of(effect.inode, effect.pages):
-            for first, last in table.stale_in(start, stop):
-                self._store.clear(_pfn(table, first), last - first)
-                table.set_uptodate(first, last)
+        self._contents.prepare(self._tables[effect.inode], effect.pages)
 
     def _zero(self, effect: fx.ZeroPages) -> None:
-        table = self._tables[effect.inode]
-        for start, stop in self._frames_of(effect.inode, effect.pages):
-            self._store.clear(_pfn(table, start), stop - start)
-
-    def _frames_of(self, inode: int, pages: PgRange) -> list[tuple[int, int]]:
-        """Return runs of pages that have a folio, each within one folio."""
-        table = self._tables[inode]
-        step = 1 << table.order
-        runs: list[tuple[int, int]] = []
-        for start, stop in table.attached_in(pages.start, pages.stop):
-            cuts = range((start // step + 1) * step, stop, step)
-            bounds = [start, *cuts, stop]
-            runs += pairwise(bounds)
-        return runs
+        self._contents.zero(self._tables[effect.inode], effect.pages)
 
     def _invalidate_view(self, effect: fx.InvalidateView) -> None:
         pages = effect.pages
@@ -206,7 +184,7 @@ class MemoryPorts:
         finder = self._mapped.finder
         if finder is None:
             return self._reported(effect, self._broker.sessions)
-        st_ino = nodeid_of(effect.inode, ViewKind.HOST)
+        st_ino = self._session.st_ino(effect.inode, ViewKind.HOST)
         try:
             runs = await asyncio.wait_for(
                 self._in_worker(finder.find, st_ino, [effect.pages]), SCAN_SECONDS_MAX
@@ -264,33 +242,24 @@ class MemoryPorts:
             await self._in_worker(os.close, fd)
 
     def _copy_in(self, fd: int, effect: fx.ReadDescriptor) -> None:
-        if os.fstat(fd).st_dev == self._st_dev:
+        found = os.fstat(fd)
+        if self._session.is_view(found.st_dev, found.st_ino):
             raise BadRequest(
                 Reason.DESCRIPTOR_TYPE,
                 f"{effect.descriptor} is a view of a guest_memfd: give a memfd or a "
                 "file with the bytes",
             )
         table = self._tables[effect.inode]
-        offset = effect.offset - effect.pages.offset
-        for start, stop in self._frames_of(effect.inode, effect.pages):
-            length = (stop - start) << PAGE_SHIFT
-            at = offset + (start << PAGE_SHIFT)
-            try:
-                self._store.copy_in(_pfn(table, start), fd, at, length)
-            except (OSError, KernelError) as error:
-                raise _unreadable(effect, fd, error) from error
+        try:
+            self._contents.copy_in(table, effect.pages, fd, effect.offset)
+        except (OSError, KernelError) as error:
+            raise _unreadable(effect, fd, error) from error
 
     async def _in_worker(
         self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, lambda: work(*args, **kwargs))
-
-
-def _pfn(table: InodeTable, pgoff: int) -> int:
-    pfn = table.pfn_of(pgoff)
-    assert pfn is not None, (table.ino, pgoff)
-    return pfn
 
 
 def _within(

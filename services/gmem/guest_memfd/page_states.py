@@ -41,21 +41,29 @@ class InodeTable(StateTable):
     `host`, `guest` and `uptodate` have one uint8 per page, `frame` one int64 per unit
     of `page_size` bytes: the pfn of the folio's first page **plus one**, so that a
     hole is 0 and a new table costs no memory. They are the memory of `states`, `fresh`
-    and `frames`, whose single entries cost a third of an array's. The table has no
-    lock of its own: the view session enters it under the lock of its node.
+    and `frames`, whose single entries cost a third of an array's; `place` is that of
+    `places`. The table has no lock of its own: the view session enters it under the
+    lock of its node.
     """
 
-    def __init__(self, fd: int) -> None:
-        """Map a table; BadRequest if `fd` is none. It is closed by `close`."""
+    def __init__(self, fd: int, files: tuple[int, ...] = ()) -> None:
+        """Map a table; BadRequest if `fd` is none. Both are closed by `close`.
+
+        `files` are the descriptors of the inode's bytes by view, where it has such.
+        """
         super().__init__(fd)
+        self.files = files
         self.host: npt.NDArray[np.uint8] = np.frombuffer(self.states[0], np.uint8)
         self.guest: npt.NDArray[np.uint8] = np.frombuffer(self.states[1], np.uint8)
         self.uptodate: npt.NDArray[np.uint8] = np.frombuffer(self.fresh, np.uint8)
         self.frame: npt.NDArray[np.int64] = np.frombuffer(self.frames, np.int64)
+        self.place: npt.NDArray[np.uint8] = np.frombuffer(self.places, np.uint8)
         self._nr_attached = int(np.count_nonzero(self.frame))
 
     @classmethod
-    def create(cls, ino: int, i_size: int, page_size: int) -> InodeTable:
+    def create(
+        cls, ino: int, i_size: int, page_size: int, files: tuple[int, ...] = ()
+    ) -> InodeTable:
         """Make the table of a new inode: every page CLOSED, every unit a hole."""
         if i_size <= 0 or i_size % PAGE_SIZE:
             raise BadRequest(
@@ -63,7 +71,17 @@ class InodeTable(StateTable):
                 f"size {i_size} is not a positive multiple of {PAGE_SIZE}: round it up",
                 size=i_size,
             )
-        return cls(state_table.create_fd(ino, i_size, page_size))
+        return cls(state_table.create_fd(ino, i_size, page_size), files)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Everything that outlives the service with the inode, the table first."""
+        return [self.fd, *self.files]
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether some unit has no attached folio."""
+        return self._nr_attached < self.nr_units
 
     @property
     def allocated_bytes(self) -> int:
@@ -148,8 +166,9 @@ class InodeTable(StateTable):
         assert len(np.unique(attached)) == len(attached), "a frame is attached twice"
 
     def close(self) -> None:
-        """Close the fd; the mapping goes with the last reference to the table."""
-        os.close(self.fd)
+        """Close the descriptors; the mapping goes with the last reference to it."""
+        for fd in self.descriptors:
+            os.close(fd)
 
     def _unit(self, index: int) -> int:
         unit = index >> self.order

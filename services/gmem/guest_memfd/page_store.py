@@ -16,6 +16,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -101,25 +102,12 @@ class PageStore:
         A huge folio that was never used costs one system call and stays without
         memory: only the extents of the memfd that hold data are filled.
         """
-        start, stop = self._bounds(pfn, nr_pages)
-        while start < stop:
-            try:
-                first = os.lseek(self.fd, start, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # No data up to the end of the file.
-                    return
-                raise
-            start = min(os.lseek(self.fd, first, os.SEEK_HOLE), stop)
-            if first < start:
-                self._array[first:start].fill(0)
+        for first, last in data_runs(self.fd, *self._bounds(pfn, nr_pages)):
+            self._array[first:last].fill(0)
 
     def punch(self, pfn: int, nr_pages: int) -> None:
         """Give the memory of frames back; they read as zeros. OSError if refused."""
-        start, stop = self._bounds(pfn, nr_pages)
-        mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-        if _libc.fallocate(self.fd, mode, start, stop - start) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        punch_hole(self.fd, *self._bounds(pfn, nr_pages))
 
     def copy_in(self, pfn: int, fd: int, offset: int, length: int) -> None:
         """Read `length` bytes at `offset` of a foreign `fd` into the frames at `pfn`.
@@ -155,6 +143,33 @@ class PageStore:
     def _bounds(self, pfn: int, nr_pages: int) -> tuple[int, int]:
         assert 0 <= pfn <= pfn + nr_pages <= self.nr_pages, (pfn, nr_pages)
         return pfn << PAGE_SHIFT, (pfn + nr_pages) << PAGE_SHIFT
+
+
+def punch_hole(fd: int, start: int, stop: int) -> None:
+    """Give the memory of bytes `[start, stop)` back; OSError if that is refused.
+
+    Every mapping of a memfd loses the pages at once; whoever touches them again finds
+    zeros.
+    """
+    mode = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+    if stop > start and _libc.fallocate(fd, mode, start, stop - start) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def data_runs(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs of bytes in `[start, stop)` that have memory, or may have."""
+    while start < stop:
+        try:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+            end = os.lseek(fd, first, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # No data up to the end of the file.
+                return
+            raise
+        start = min(end, stop)
+        if first < start:
+            yield first, start
 
 
 def _without_huge_pages(mapping: mmap.mmap) -> None:

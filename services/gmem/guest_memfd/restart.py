@@ -81,7 +81,7 @@ async def restore(
         table = kept.tables.get(number)
         attached = {} if table is None else _attached(table)
         left.folios[inode.handle] = reconcile(inode, live, attached)
-        kept.tables[number] = fit(table or _new_table(inode, kept), inode)
+        kept.tables[number] = fit(table or _new_table(inode, service, kept), inode)
         journal.record(inode_changes(inode, settled=True))
     _drop_unknown(service, kept)
     left.reservations = await _reserved(service, allocator) - core.handles
@@ -251,8 +251,8 @@ def _attached(table: InodeTable) -> dict[int, int]:
     return dict(zip(indexes.tolist(), pfns.tolist(), strict=True))
 
 
-def _new_table(inode: Inode, kept: Handover) -> InodeTable:
-    table = InodeTable.create(inode.number, inode.i_size, inode.page_size)
+def _new_table(inode: Inode, service: GuestMemfdService, kept: Handover) -> InodeTable:
+    table = service.session.new_table(inode.number, inode.i_size, inode.page_size)
     kept.hold(table)
     return table
 

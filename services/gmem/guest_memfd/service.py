@@ -22,6 +22,7 @@ import structlog
 
 from gmem.effects import Op, T
 from gmem.guest_memfd import recovery
+from gmem.guest_memfd.accounting import Accounting
 from gmem.guest_memfd.codec import Names
 from gmem.guest_memfd.core.effects import ScheduleMerge
 from gmem.guest_memfd.core.registry import GuestMemfdCore
@@ -30,7 +31,7 @@ from gmem.guest_memfd.ioctls import ConvertCall
 from gmem.guest_memfd.page_states import InodeTable
 from gmem.guest_memfd.recovery import Misplaced
 from gmem.guest_memfd.view.handover import Handover
-from gmem.guest_memfd.view.session import ViewSession
+from gmem.guest_memfd.views import Views
 from gmem.runtime.broker import Broker, Session
 from gmem.runtime.drive import Runner
 from gmem.runtime.events import EventLog
@@ -58,7 +59,7 @@ class GuestMemfdService:
     """
 
     runner: Runner
-    session: ViewSession
+    session: Views
     kept: Handover
 
     def __init__(
@@ -72,6 +73,7 @@ class GuestMemfdService:
         self.journal = journal
         self._events = events
         self._guest_pids: set[int] = set()
+        self.accounting = Accounting(self)
         broker.on_hello(self._client_came)
         broker.on_gone(self._client_gone)
 
@@ -92,12 +94,6 @@ class GuestMemfdService:
     def left_out(self) -> frozenset[int]:
         """The processes whose page tables are no host mappings: stage 2, and ours."""
         return frozenset({os.getpid(), *self._guest_pids})
-
-    def inode_of_view(self, st_dev: int, st_ino: int) -> int | None:
-        """Return the inode whose host view fstat shows so; None for other files."""
-        if st_dev != self.session.st_dev or st_ino & ViewKind.GUEST:
-            return None
-        return st_ino >> 1
 
     def schedule_merge(self, effect: ScheduleMerge) -> None:
         """Start the work on what a dead inode left; nobody waits for it."""
@@ -133,14 +129,16 @@ class GuestMemfdService:
         """
         self._check_open_view(inode, view, vm)
 
-        async def open_view() -> int:
+        async def open_view() -> list[int]:
             # The file may have been closed since, or the VM's last slot unbound.
             self._check_open_view(inode, view, vm)
-            fd = await asyncio.to_thread(self.session.open_view, inode, view)
+            fds = [await asyncio.to_thread(self.session.open_view, inode, view)]
             if view is ViewKind.GUEST:
                 self._guest_pids.add(guest_pid)
                 self._note_clients()
-            return fd
+                return fds
+            states = self.session.open_states(inode)
+            return fds if states is None else [*fds, states]
 
         pid = guest_pid if view is ViewKind.GUEST else None
         return self.broker.mint(open_view, pid=pid)
@@ -250,7 +248,8 @@ class GuestMemfdService:
             memory.adopt(table, host_mmap=mmap, counts_blocks=blocks)
             if inode is not None:
                 for view in ViewKind:
-                    inode.references.views_open[view] = table.opens(view)
+                    opens = self.session.open_count(table.ino, view)
+                    inode.references.views_open[view] = opens
         if tables:
             log.info("views_taken_over", inodes=len(tables), misplaced=len(misplaced))
         return misplaced

@@ -58,7 +58,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         """Say what this host emulates, and what enforces it."""
         capabilities = self._runtime.capabilities(
             page_sizes=PAGE_SIZES,
-            data_plane="fuse",
+            data_plane=self._service.session.backend,
             mapped_source=self._mapped_source,
             broker_path=str(self._service.broker.path),
         )
@@ -68,13 +68,16 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         self, request: pb.GetGuestMemfdRequest, context: Context
     ) -> pb.GetGuestMemfdResponse:
         """Return one inode's snapshot."""
-        wire = self._snapshot(self._names.inode(request.name))
+        number = self._names.inode(request.name)
+        await self._service.accounting.settle([number])
+        wire = self._snapshot(number)
         return pb.GetGuestMemfdResponse(guest_memfd=wire)
 
     async def ListGuestMemfds(
         self, request: pb.ListGuestMemfdsRequest, context: Context
     ) -> pb.ListGuestMemfdsResponse:
         """Return the inodes by number."""
+        await self._service.accounting.settle(self._core.numbers)
         # One step: an inode may be evicted by another thread at any moment.
         with self._service.mutex:
             numbers, token = paginate(
@@ -124,6 +127,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
     ) -> pb.DeleteGuestMemfdResponse:
         """Close the file of an inode."""
         number = self._names.inode(request.name)
+        await self._service.accounting.settle([number])
         await self._service.run(self._core.close(number))
         self._service.record("inode.closed", number)
         return pb.DeleteGuestMemfdResponse()
@@ -147,6 +151,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
     ) -> pb.FallocateResponse:
         """Allocate a range, or punch a hole."""
         number = self._names.inode(request.name)
+        await self._service.accounting.settle([number])
         await self._service.run(
             self._core.fallocate(number, request.mode, request.offset, request.length)
         )
@@ -182,6 +187,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         """Convert ranges, all or nothing."""
         ranges = [self._range(wire) for wire in request.ranges]
         to = Faultability.ALL if request.to_shared else Faultability.GUEST
+        await self._service.accounting.settle({target.inode for target in ranges})
         await self._service.run_in_worker(
             self._core.convert(
                 ranges,
@@ -272,6 +278,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
     ) -> pb.BindMemslotResponse:
         """Bind a memslot's pages."""
         number = self._names.file(request.name)
+        await self._service.accounting.settle([number])
         await self._service.run(
             self._core.bind(
                 number,
@@ -309,6 +316,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
             self._names.inode(request.name), request.offset, request.size
         )
         caller = request.request_id
+        await self._service.accounting.settle([target.inode])
         hold = await self._service.run(
             self._core.pin(
                 target,
@@ -370,7 +378,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         if not request.HasField("userspace"):
             return None
         side = request.userspace
-        inode = self._service.inode_of_view(side.st_dev, side.st_ino)
+        inode = self._service.session.inode_of(side.st_dev, side.st_ino)
         return UserspaceSide(inode, side.offset)
 
     def _target(self, wire: pb.ReadRangeRequest | pb.WriteRangeHeader) -> ByteRange:

@@ -1,7 +1,10 @@
 """`python -m gmem.keeper`: hold the descriptors of one host until its service ends.
 
     python -m gmem.keeper --run-dir DIR --store-pages N [-- COMMAND...]
+    python -m gmem.keeper --run-dir DIR --backend memfd [-- COMMAND...]
 
+With the backend memfd it needs no privilege and no /dev/fuse. GMEM_BACKEND chooses it
+too; nothing else does.
 COMMAND starts the service again after a crash; without one the keeper waits until
 somebody else has. Exit status: 0 when the service stopped in order or on SIGTERM, 1
 when it cannot start, 3 when the service died and was given up: the connection is
@@ -21,6 +24,7 @@ from gmem.keeper.keep import Keeper, Options
 from gmem.keeper.making import EXIT_CANNOT, CannotKeep, Terminated, log
 from gmem.keeper.restarts import RESTARTS_MAX, ServicePlan
 from gmem.runtime import fdpass
+from gmem.runtime.backend import BACKEND_VARIABLE, Backend
 
 
 def main() -> int:
@@ -71,6 +75,8 @@ def main() -> int:
 def _made(
     arguments: argparse.Namespace, run_dir: Path, point: Path | None
 ) -> making.Held:
+    if arguments.backend is Backend.MEMFD:
+        return making.make_memfds()
     held = making.make(arguments.store_pages, run_dir)
     if point is not None and not held.attachable:
         raise CannotKeep("--mount-point needs CAP_SYS_ADMIN: leave it out")
@@ -82,6 +88,7 @@ def _say_ready(held: making.Held) -> None:
     log(
         "ready",
         pid=os.getpid(),
+        backend=held.backend.value,
         connection_id=held.connection_id,
         store_pages=held.nr_pages,
         crash_survival=survival,
@@ -93,8 +100,8 @@ def _say_why(status: int) -> None:
     if status == keep.EXIT_SERVICE_DIED:
         log(
             "service_died",
-            error="guest_memfd ended without saying so: the connection is aborted, "
-            "mappings fail closed; start the host again",
+            error="guest_memfd ended without saying so: a fuse connection is aborted "
+            "and its mappings fail closed, memfds are dropped; start the host again",
         )
     else:
         log("stopped")
@@ -104,6 +111,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gmem.keeper", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--store-pages", type=_positive)
+    parser.add_argument(
+        "--backend",
+        type=Backend,
+        default=os.environ.get(BACKEND_VARIABLE) or Backend.FUSE,
+        help="fuse or memfd",
+    )
     parser.add_argument("--take-back", action="store_true")
     parser.add_argument(
         "--or-take-back",
@@ -120,7 +133,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("command", nargs="*")
     arguments = parser.parse_args()
-    if (arguments.store_pages is None) is not arguments.take_back:
+    if arguments.backend is Backend.MEMFD:
+        if arguments.mount_point is not None:
+            parser.error("--mount-point: the backend memfd has no mount")
+    elif (arguments.store_pages is None) is not arguments.take_back:
         parser.error("give --store-pages N for new views, or --take-back")
     return arguments
 

@@ -8,7 +8,8 @@ zombie nevertheless: that is looked at, too.
 
 The service tells on the connection:
 
-    hold + fd     page states of a new inode; drop {ino} when it is gone
+    hold + fds    page states of a new inode, and its memfds where it has such;
+                  drop {ino} when it is gone
     note {value}  something small that its successor must know
     scanner       asks for a process that looks into page tables for it
     take_over     asks that nobody else reads requests from now on
@@ -34,8 +35,10 @@ from typing import Any, Final
 from gmem.keeper import mounts
 from gmem.keeper.making import Held, log
 from gmem.keeper.restarts import Restarts, ServicePlan, spawn
+from gmem.keeper.shelf import Shelf
 from gmem.keeper.stand_in import StandIn
 from gmem.runtime import fdpass
+from gmem.runtime.backend import Backend
 from gmem.runtime.mappings import can_see_other_processes
 from gmem.uapi.errors import BadRequest
 
@@ -48,7 +51,8 @@ TAKE_OVER_SECONDS_MAX: Final = 30.0
 LOOK_SECONDS: Final = 0.1
 IDLE_SECONDS: Final = 0.02
 SEND_SECONDS_MAX: Final = 5.0
-FDS_AT_ONCE: Final = 200
+FDS_AT_ONCE: Final = 198
+"""A multiple of what any inode has."""
 NOTE_BYTES_MAX: Final = 16 << 10
 
 
@@ -80,7 +84,7 @@ class Keeper:
         self._patience = options.take_over_seconds
         self._selector = selectors.DefaultSelector()
         self._control: socket.socket | None = None
-        self._stand_in: StandIn | None = None
+        self._stand_in: StandIn | Shelf | None = None
         self._standing_in = False
         self._stopping = self._attached = False
         self._note: Any = None
@@ -117,6 +121,9 @@ class Keeper:
             self._control.close()
 
     def _prepare(self, held: Held) -> None:
+        if held.backend is Backend.MEMFD:
+            self._stand_in = Shelf()
+            return
         if not held.survival:
             return
         try:
@@ -156,6 +163,7 @@ class Keeper:
             return _tell(connection, {"want": "descriptors"})
         tables = {} if self._stand_in is None else self._stand_in.inodes
         fields = {
+            "backend": held.backend.value,
             "nr_pages": held.nr_pages,
             "connection_id": held.connection_id,
             "survival": self._stand_in is not None,
@@ -163,11 +171,11 @@ class Keeper:
             "nr_tables": len(tables),
             "note": self._note,
         }
-        fds = list(tables.values())
+        fds = [fd for group in tables.values() for fd in group]
         parts = [fds[at : at + FDS_AT_ONCE] for at in range(0, len(fds), FDS_AT_ONCE)]
-        return _tell(
-            connection, fields, [held.fuse_fd, held.mount_fd, held.store_fd]
-        ) and all(_tell(connection, {}, part) for part in parts)
+        return _tell(connection, fields, list(held.fds)) and all(
+            _tell(connection, {}, part) for part in parts
+        )
 
     def _note_pid(self, pid: int) -> None:
         """Write down who serves, for people who look: the first one did not stay."""
@@ -205,8 +213,10 @@ class Keeper:
     ) -> None:
         """Do what a message says; descriptors left in `fds` are closed."""
         match fields.get("op"):
-            case "hold" if self._stand_in is not None and len(fds) == 1:
-                self._stand_in.hold(fds.pop())
+            case "hold" if self._stand_in is not None and (
+                len(fds) == self._stand_in.fds_per_inode
+            ):
+                self._stand_in.hold([fds.pop(0) for _ in range(len(fds))])
             case "drop" if self._stand_in is not None:
                 self._stand_in.drop(int(fields["ino"]))
             case "note" if len(str(fields["value"])) <= NOTE_BYTES_MAX:
@@ -220,8 +230,11 @@ class Keeper:
                 self._serving()
             case "stopping":
                 self._stopping = True
-            case "hand_back" if self.held is None and len(fds) == 3:
-                self._take_back(fields, [fds.pop(0) for _ in range(3)])
+            case "hand_back" if self.held is None:
+                backend = Backend(fields["backend"])
+                if len(fds) != (0 if backend is Backend.MEMFD else 3):
+                    raise ValueError(f"{len(fds)} descriptors of {backend}")
+                self._take_back(fields, backend, [fds.pop(0) for _ in range(len(fds))])
 
     def _serving(self) -> None:
         now = time.monotonic()
@@ -235,12 +248,12 @@ class Keeper:
             self._attached = True
             log("attached", mount_point=str(point))
 
-    def _take_back(self, fields: dict[str, Any], fds: list[int]) -> None:
-        fuse_fd, mount_fd, store_fd = fds
+    def _take_back(
+        self, fields: dict[str, Any], backend: Backend, fds: list[int]
+    ) -> None:
         self.held = Held(
-            fuse_fd=fuse_fd,
-            mount_fd=mount_fd,
-            store_fd=store_fd,
+            backend=backend,
+            fds=tuple(fds),
             nr_pages=int(fields["nr_pages"]),
             connection_id=int(fields["connection_id"]),
             survival=bool(fields["survival"]),
@@ -290,13 +303,15 @@ class Keeper:
         assert self._stand_in is not None
         self._stand_in.begin(self._service_pid)
         self._standing_in = True
-        self._watch(self._stand_in.fd, self._stand_in.answer_waiting)
+        if self._stand_in.fd is not None:
+            self._watch(self._stand_in.fd, self._stand_in.answer_waiting)
 
     def _stop_standing_in(self) -> None:
         if not self._standing_in:
             return
         assert self._stand_in is not None
-        self._selector.unregister(self._stand_in.fd)
+        if self._stand_in.fd is not None:
+            self._selector.unregister(self._stand_in.fd)
         self._standing_in = False
         log("stood_in", **self._stand_in.counts)
 
@@ -376,6 +391,8 @@ def end(held: Held, mount_point: Path | None, run_dir: Path) -> None:
         mounts.detach(mount_point, force=True)
     with contextlib.suppress(FileNotFoundError):
         (run_dir / PID_NAME).unlink()
+    if held.backend is Backend.MEMFD:
+        return
     try:
         mounts.abort_connection(held.connection_id, run_dir)
     except OSError as error:

@@ -14,12 +14,21 @@ from typing import Final
 
 from gmem.keeper import fusermount, mounts, tuning
 from gmem.runtime import fusewire as wire
+from gmem.runtime.backend import Backend
 from gmem.runtime.mappings import can_see_other_processes
 
 PAGE_SIZE: Final = 4096
 EXIT_CANNOT: Final = 1
 INIT_SECONDS_MAX: Final = 10.0
+OTHER_WAY: Final = (
+    "choose plain memfds with --backend memfd, where a private page reads as zeros "
+    "instead of SIGBUS"
+)
 
+_NO_FAULTS: Final = (
+    "plain memfds: a private page reads as zeros instead of SIGBUS, and a fault is not "
+    "heard of"
+)
 _NO_OTHERS: Final = (
     "processes of other users can map a view that they are given, and do no other "
     "system call on it: user_allow_other in /etc/fuse.conf changes that"
@@ -42,13 +51,14 @@ class Terminated(Exception):  # noqa: N818 - says what happened
 class Held:
     """The descriptors that outlive a service, and the numbers that go with them.
 
-    `survival`: the kernel can send requests again (HAS_RESEND), so that a successor
-    and whoever stands in for it get what a dead service had read.
+    `fds` are the fuse connection, its mount and the store; none for plain memfds.
+    `connection_id` is the minor device number of all views. `survival`: the kernel can
+    send requests again (HAS_RESEND), so that a successor and whoever stands in for it
+    get what a dead service had read; plain memfds need no such thing.
     """
 
-    fuse_fd: int
-    mount_fd: int
-    store_fd: int
+    backend: Backend
+    fds: tuple[int, ...]
     nr_pages: int
     connection_id: int
     survival: bool
@@ -56,6 +66,21 @@ class Held:
     """Whether the mount can be shown at a path as well."""
     limits: tuple[str, ...] = ()
     """What is slower or missing because this user may not do more, as sentences."""
+
+    @property
+    def fuse_fd(self) -> int:
+        """The connection, where there is one."""
+        return self.fds[0]
+
+    @property
+    def mount_fd(self) -> int:
+        """The mount, where there is one."""
+        return self.fds[1]
+
+    @property
+    def store_fd(self) -> int:
+        """The store, where there is one."""
+        return self.fds[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +100,18 @@ def log(event: str, **fields: object) -> None:
     sys.stderr.flush()
 
 
+def make_memfds() -> Held:
+    """Have nothing but a place for the memfds of inodes; needs no privilege."""
+    # All memfds lie on one device, which /proc/PID/maps shows for their mappings.
+    fd = os.memfd_create("gmem-device", os.MFD_CLOEXEC)
+    minor = os.minor(os.fstat(fd).st_dev)
+    os.close(fd)
+    limits = [_NO_FAULTS]
+    if not can_see_other_processes():
+        limits.append(_NO_PAGE_TABLES)
+    return Held(Backend.MEMFD, (), 0, minor, survival=True, limits=tuple(limits))
+
+
 def make(nr_pages: int, run_dir: Path) -> Held:
     """Open the connection, mount it nowhere, tune it, and make the store."""
     mounted = _mount(run_dir)
@@ -84,9 +121,8 @@ def make(nr_pages: int, run_dir: Path) -> Held:
         limits.append(_NO_PAGE_TABLES)
     flags = _answer_init(mounted.fuse_fd)
     return Held(
-        fuse_fd=mounted.fuse_fd,
-        mount_fd=mounted.mount_fd,
-        store_fd=_make_store(nr_pages),
+        backend=Backend.FUSE,
+        fds=(mounted.fuse_fd, mounted.mount_fd, _make_store(nr_pages)),
         nr_pages=nr_pages,
         connection_id=minor,
         survival=bool(flags & wire.InitFlag.HAS_RESEND),
@@ -108,7 +144,7 @@ def _mount(run_dir: Path) -> _Mounted:
             f"cannot mount FUSE: {alone.strerror}, and as an ordinary user: "
             f"{error.strerror}; run as root or with CAP_SYS_ADMIN where /dev/fuse is "
             "(containers: --device /dev/fuse --cap-add SYS_ADMIN), or install fuse3 "
-            "where /dev/fuse is for everybody"
+            f"where /dev/fuse is for everybody, or {OTHER_WAY}"
         ) from error
     limits = [f"mounted by fusermount3 as an ordinary user ({alone.strerror})"]
     if not fusermount.others_allowed():

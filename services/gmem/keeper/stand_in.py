@@ -51,6 +51,8 @@ _EINVAL: Final[Reply] = (errno.EINVAL, ())
 class StandIn:
     """Answers requests of the connection `fuse_fd` from the store; see the module."""
 
+    fds_per_inode: Final = 1
+
     def __init__(self, fuse_fd: int, store_fd: int, nr_pages: int) -> None:
         """Open a second descriptor of the connection. OSError where that is refused."""
         self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -73,12 +75,13 @@ class StandIn:
         }
 
     @property
-    def inodes(self) -> dict[int, int]:
-        """The inodes that are held, and the memfds of their page states."""
-        return {ino: access.table.fd for ino, access in self._tables.items()}
+    def inodes(self) -> dict[int, list[int]]:
+        """The inodes that are held, and the memfd of the page states of each."""
+        return {ino: [access.table.fd] for ino, access in self._tables.items()}
 
-    def hold(self, fd: int) -> None:
-        """Keep the page states of an inode; `fd` is ours. BadRequest if it is none."""
+    def hold(self, fds: list[int]) -> None:
+        """Keep the page states of an inode, ours now. BadRequest if they are none."""
+        (fd,) = fds
         try:
             table = StateTable(fd)
         except BadRequest:

@@ -3,7 +3,8 @@
 A UNIX socket beside the gRPC port, because a descriptor cannot travel by gRPC. A
 client says hello, then
 
-    take{token}       -> the descriptor that an RPC promised, by SCM_RIGHTS, once
+    take{token}       -> the descriptor that an RPC promised, by SCM_RIGHTS, once; what
+                         belongs to it may come behind it
     give{label} + fd  -> a name ("descriptors/17") to use in RPCs
     drop{descriptor}  -> closes one it gave
     windows{windows}  -> reports what it has mapped, where the service cannot look
@@ -23,7 +24,7 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -51,7 +52,8 @@ TURN_AWAY_SECONDS: Final = 1.0
 
 log = structlog.get_logger(__name__)
 
-Open = Callable[[], Awaitable[int]]
+Open = Callable[[], Awaitable[list[int]]]
+"""Opens what a token promises: the descriptor first, then what belongs to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,8 @@ class Broker:
     ) -> str:
         """Return a token for one descriptor: an open one, or what `source()` opens.
 
-        It works once, within TOKEN_SECONDS, for the process and user named. The
-        descriptor is closed here once it is sent, or when the token expires.
+        It works once, within TOKEN_SECONDS, for the process and user named. What is
+        sent is closed here afterwards, an open descriptor also when the token expires.
         """
         if len(self._tokens) >= TOKENS_MAX:
             raise Exhausted(
@@ -261,29 +263,28 @@ class Broker:
                 raise _bad("say hello first")
             reply, out = await operation(session, message.fields, fds)
         except KernelError as error:
-            reply, out = _refusal(error), None
+            reply, out = _refusal(error), []
         finally:
             # Whatever the operation did not keep.
             await _close(*fds)
         try:
             await self._answer(session.connection, reply, out)
         finally:
-            if out is not None:
-                await _close(out)
+            await _close(*out)
 
     async def _hello(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], None]:
+    ) -> tuple[dict[str, Any], list[int]]:
         client = _word(fields, "client")
         session.incarnation = _word(fields, "incarnation")
         session.client = client
         for callback in self._came:
             callback(session)
-        return {"ok": True, "pid": os.getpid()}, None
+        return {"ok": True, "pid": os.getpid()}, []
 
     async def _take(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], int]:
+    ) -> tuple[dict[str, Any], list[int]]:
         name = str(fields.get("token", ""))
         token = self._tokens.get(name)
         if token is None:
@@ -305,12 +306,13 @@ class Broker:
         # Before the await: a token shown twice at once is still used once.
         del self._tokens[name]
         token.timer.cancel()
-        fd = token.source if isinstance(token.source, int) else await token.source()
-        return {"ok": True}, fd
+        if isinstance(token.source, int):
+            return {"ok": True}, [token.source]
+        return {"ok": True}, await token.source()
 
     async def _give(
         self, session: Session, fields: dict[str, Any], fds: list[int]
-    ) -> tuple[dict[str, Any], None]:
+    ) -> tuple[dict[str, Any], list[int]]:
         label = _word(fields, "label")
         if len(fds) != 1:
             raise fdpass.MessageRefused(f"give came with {len(fds)} descriptors")
@@ -336,11 +338,11 @@ class Broker:
             client=session.client,
         )
         self._given[name] = session.given[name] = given
-        return {"ok": True, "descriptor": name}, None
+        return {"ok": True, "descriptor": name}, []
 
     async def _drop(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], None]:
+    ) -> tuple[dict[str, Any], list[int]]:
         name = _word(fields, "descriptor")
         given = session.given.pop(name, None)
         if given is None:
@@ -349,24 +351,24 @@ class Broker:
             )
         del self._given[name]
         await _close(given.fd)
-        return {"ok": True}, None
+        return {"ok": True}, []
 
     async def _windows(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], None]:
+    ) -> tuple[dict[str, Any], list[int]]:
         raw = fields.get("windows")
         if not isinstance(raw, list) or len(raw) > WINDOWS_PER_SESSION_MAX:
             raise _bad(f"windows must be a list of at most {WINDOWS_PER_SESSION_MAX}")
         session.windows = tuple(_window(item) for item in raw)
-        return {"ok": True}, None
+        return {"ok": True}, []
 
     @staticmethod
     async def _answer(
-        connection: socket.socket, fields: dict[str, Any], fd: int | None = None
+        connection: socket.socket, fields: dict[str, Any], fds: Sequence[int] = ()
     ) -> None:
         while True:
             try:
-                fdpass.send(connection, fields, [] if fd is None else [fd])
+                fdpass.send(connection, fields, fds)
             except BlockingIOError:
                 await _until_writable(connection)
             else:

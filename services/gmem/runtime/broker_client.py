@@ -32,6 +32,8 @@ ANSWER_SECONDS_MAX = 30.0
 BACK_SECONDS_MAX = 30.0
 """How long a service may be away before its clients give it up."""
 RETRY_SECONDS = 0.05
+TAKEN_MAX = 2
+"""A view, and its page states where no fault tells them."""
 
 
 class BrokerClient:
@@ -54,11 +56,17 @@ class BrokerClient:
 
     def take(self, token: str) -> int:
         """Return the descriptor that `token` promises; the token is used up."""
-        fds = self._ask({"op": "take", "token": token}).fds
-        if len(fds) != 1:
-            fdpass.close_all(fds)
-            raise self._unreachable(f"it sent {len(fds)} descriptors instead of one")
-        return fds[0]
+        fd, *others = self.take_all(token)
+        fdpass.close_all(others)
+        return fd
+
+    def take_all(self, token: str) -> list[int]:
+        """As `take`, with what belongs to the descriptor behind it."""
+        fields = {"op": "take", "token": token}
+        fds = self._ask(fields, fds_max=TAKEN_MAX).fds
+        if not fds:
+            raise self._unreachable("it sent no descriptor")
+        return fds
 
     def give(self, fd: int, label: str) -> str:
         """Hand a regular file in; return its name for RPCs. Our `fd` stays open."""
@@ -113,13 +121,13 @@ class BrokerClient:
         self.close()
 
     def _ask(
-        self, fields: dict[str, Any], fds: list[int] | None = None
+        self, fields: dict[str, Any], fds: list[int] | None = None, *, fds_max: int = 1
     ) -> fdpass.Message:
         if not self._closed and not self.alive():
             self.wait_alive(ANSWER_SECONDS_MAX)
         with self._lock:
             try:
-                return self._ask_on(self._socket, fields, fds or [])
+                return self._ask_on(self._socket, fields, fds or [], fds_max)
             except TransportError:
                 # A late answer would be taken for that of the next question.
                 with contextlib.suppress(OSError):
@@ -127,11 +135,15 @@ class BrokerClient:
                 raise
 
     def _ask_on(
-        self, connection: socket.socket, fields: dict[str, Any], fds: list[int]
+        self,
+        connection: socket.socket,
+        fields: dict[str, Any],
+        fds: list[int],
+        fds_max: int = 1,
     ) -> fdpass.Message:
         try:
             fdpass.send(connection, fields, fds)
-            answer = fdpass.receive(connection)
+            answer = fdpass.receive(connection, fds_max=fds_max)
         except (OSError, fdpass.MessageRefused) as error:
             raise self._unreachable(str(error)) from error
         if answer is None:

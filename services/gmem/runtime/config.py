@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gmem.runtime.backend import Backend
 from gmem.uapi.pages import HUGE_PAGE_SIZES, PAGE_SIZE, SIZE_1G, SIZE_2M
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -63,6 +64,8 @@ class ServiceConfig(BaseModel):
     host_allocator_target: str = ""
     """gRPC target; default: the socket beside ours. So for the next."""
     guest_memfd_target: str = ""
+    backend: Backend = Backend.FUSE
+    """How guest_memfd serves views; the keeper must have been told the same."""
     log_level: str = "info"
     stop_seconds: float = Field(default=5.0, gt=0)
     """How long a stop waits for calls and operations in progress."""

@@ -8,6 +8,8 @@ alone, each part begins at a page:
     host, guest     one byte per page: CLOSED, CLOSING, OPEN or QUIESCED
     fresh           one byte per page: 1 where the bytes are fit to be seen
     frames          one word per unit of page_size: pfn + 1, 0 for a hole
+    places          one byte per page: in whose file its bytes lie, where the bytes of
+                    an inode have files of their own (the backend memfd)
 
 A word or a byte is written in one piece, so no entry is ever torn by a kill. What must
 change together is no business of this table: that is what the journal is for.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 from typing import Final
 
 from gmem.uapi.errors import BadRequest, Reason
@@ -26,7 +29,10 @@ from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, order_of
 CLOSED, CLOSING, OPEN, QUIESCED = range(4)
 """The states of a page in a view; `gmem.guest_memfd.core.values` gives them types."""
 
-MAGIC: Final = b"gmempgs2"
+QUIESCED_SECONDS_MAX: Final = 4.0
+QUIESCED_POLL_SECONDS: Final = 0.001
+_OPEN_BYTE: Final = bytes([OPEN])
+MAGIC: Final = b"gmempgs3"
 # magic, ino, i_size, page_size
 HEADER: Final = struct.Struct("<8sQQQ")
 _OPENS_AT: Final = 64
@@ -40,8 +46,8 @@ _SENT_AGAIN: Final = 1 << 63
 class StateTable:
     """The table in the memfd `fd`, mapped; every range is in pages.
 
-    `states[view]`, `fresh` and `frames` are memoryviews of the memory itself. There is
-    no lock: who changes entries agrees with the others by other means.
+    `states[view]`, `fresh`, `frames` and `places` are memoryviews of the memory itself.
+    There is no lock: who changes entries agrees with the others by other means.
     """
 
     def __init__(self, fd: int) -> None:
@@ -69,6 +75,8 @@ class StateTable:
         self.states = (host, guest)
         self.fresh = fresh
         self.frames = memory[starts[3] : starts[3] + 8 * self.nr_units].cast("q")
+        at = starts[3] + _page_multiple(8 * self.nr_units)
+        self.places = memory[at : at + self.nr_pages]
         self._opens = memory[_OPENS_AT : _OPENS_AT + 16].cast("Q")
         counted = memory[_COUNTED_AT : _COUNTED_AT + 8 * (COUNTED_MAX + 1)].cast("Q")
         self._counted, self._cursor = counted[:COUNTED_MAX], counted[COUNTED_MAX:]
@@ -114,6 +122,43 @@ class StateTable:
         self._cursor[0] = at + 1
 
 
+class HostStates:
+    """The host view's column of a table, for a program that may only read it.
+
+    A program that maps a view without faults looks here what it may touch.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Map it; `fd` stays the caller's. BadRequest for what is no such table."""
+        magic, _ino, i_size, _page_size = _header(fd)
+        if magic != MAGIC:
+            raise BadRequest(
+                Reason.DESCRIPTOR_TYPE,
+                f"magic {magic!r} is not that of a page-state table: pass the "
+                "descriptor that came with the view",
+            )
+        nr_pages = i_size >> PAGE_SHIFT
+        self._map = mmap.mmap(fd, PAGE_SIZE + nr_pages, mmap.MAP_SHARED, mmap.PROT_READ)
+
+    def first_private(self, start: int, stop: int) -> int | None:
+        """Return the first page of `[start, stop)` that may not be touched, or None.
+
+        A page that opens again by itself is waited for, as a fault would wait.
+        """
+        deadline = time.monotonic() + QUIESCED_SECONDS_MAX
+        while (page := self._first_not_open(start, stop)) is not None:
+            quiesced = self._map[PAGE_SIZE + page] == QUIESCED
+            if not quiesced or time.monotonic() >= deadline:
+                return page
+            time.sleep(QUIESCED_POLL_SECONDS)
+        return None
+
+    def _first_not_open(self, start: int, stop: int) -> int | None:
+        states = self._map[PAGE_SIZE + start : PAGE_SIZE + stop]
+        nr_open = len(states) - len(states.lstrip(_OPEN_BYTE))
+        return None if nr_open == len(states) else start + nr_open
+
+
 def create_fd(ino: int, i_size: int, page_size: int) -> int:
     """Make the memfd of a new table: every page CLOSED, every unit a hole."""
     fd = os.memfd_create(f"gmem-states-{ino}", os.MFD_CLOEXEC)
@@ -124,8 +169,8 @@ def create_fd(ino: int, i_size: int, page_size: int) -> int:
 
 def table_bytes(i_size: int, page_size: int) -> int:
     """Return the length of the memfd that holds the table of such an inode."""
-    nr_units = -(-i_size // page_size)
-    return PAGE_SIZE + 3 * _page_multiple(i_size >> PAGE_SHIFT) + nr_units * 8
+    nr_pages, nr_units = i_size >> PAGE_SHIFT, -(-i_size // page_size)
+    return PAGE_SIZE + 4 * _page_multiple(nr_pages) + _page_multiple(8 * nr_units)
 
 
 def _header(fd: int) -> tuple[bytes, int, int, int]:

@@ -70,7 +70,7 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
         """KVM_CHECK_EXTENSION."""
         del request, context
         capabilities = self._runtime.capabilities(
-            data_plane="fuse",
+            data_plane=self._runtime.config.backend.value,
             broker_path=str(self._broker.path),
             extensions={int(number): value for number, value in EXTENSIONS.items()},
             page_sizes=PAGE_SIZES,

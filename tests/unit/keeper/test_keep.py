@@ -13,14 +13,14 @@ from gmem.keeper import keep
 from gmem.keeper.keep import Keeper, Options
 from gmem.keeper.making import Held
 from gmem.runtime import fdpass
+from gmem.runtime.backend import Backend
 
 
 @pytest.fixture
 def held() -> Iterator[Held]:
     """Descriptors of a connection that knows no RESEND; nobody reads them here."""
-    fds = [os.memfd_create(name) for name in ("fuse", "mount", "store")]
-    fuse, mount, store = fds
-    yield Held(fuse, mount, store, nr_pages=1, connection_id=0, survival=False)
+    fds = tuple(os.memfd_create(name) for name in ("fuse", "mount", "store"))
+    yield Held(Backend.FUSE, fds, nr_pages=1, connection_id=0, survival=False)
     for fd in fds:
         os.close(fd)
 

@@ -79,13 +79,20 @@ async def test_a_token_is_good_for_one_descriptor_once(broker: Broker) -> None:
 
 
 async def test_a_token_may_open_its_descriptor_when_it_is_taken(broker: Broker) -> None:
-    async def opened() -> int:
-        return memfd(b"late")
+    async def opened() -> list[int]:
+        return [memfd(b"late"), memfd(b"more")]
 
     with await connect(broker) as client:
         fd = await off_loop(client.take, broker.mint(opened))
         assert os.pread(fd, 4, 0) == b"late"
         os.close(fd)
+        for fd, content in zip(
+            await off_loop(client.take_all, broker.mint(opened)),
+            (b"late", b"more"),
+            strict=True,
+        ):
+            assert os.pread(fd, 4, 0) == content
+            os.close(fd)
 
 
 @pytest.mark.parametrize("bound", [{"pid": 1}, {"uid": 12345}], ids=str)

@@ -27,6 +27,7 @@ from gmem.ctl.directories import HostDirectory, locked
 from gmem.ctl.errors import ControlError, ExitStatus, ServiceDiedError
 from gmem.ctl.output import console, error_values, print_json, status_of
 from gmem.ctl.state import HostState
+from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape
 from gmem.uapi.errors import TransportError
 from gmem.uapi.lineage import Lineage
@@ -43,6 +44,7 @@ def run(
     *,
     as_json: bool,
     lineage: Lineage = Lineage.RFC_V1,
+    backend: Backend | None = None,
     elsewhere: HostState | None = None,
     programs: Path | None = None,
 ) -> ExitStatus:
@@ -65,7 +67,13 @@ def run(
             "set, and only there (deploy/demo.sh does)"
         )
     demo = _Demo(
-        directory, chosen, screen, lineage, elsewhere=elsewhere, programs=programs
+        directory,
+        chosen,
+        screen,
+        lineage,
+        backend=backend,
+        elsewhere=elsewhere,
+        programs=programs,
     )
     error: ControlError | TransportError | None = None
     try:
@@ -97,6 +105,7 @@ class _Demo:
         screen: Console | None,
         lineage: Lineage,
         *,
+        backend: Backend | None = None,
         elsewhere: HostState | None = None,
         programs: Path | None = None,
     ) -> None:
@@ -104,6 +113,7 @@ class _Demo:
         self.payload = payload
         self.screen = screen
         self.lineage = lineage
+        self.backend = backend
         self.steps = scenario.STEPS_OF[lineage]
         self.elsewhere = elsewhere
         self.programs = programs
@@ -128,7 +138,15 @@ class _Demo:
                 lineage=self.lineage,
                 containers=containers,
             ) as stage:
+                self._require_backend(stage)
                 await scenario.play(stage, self._heard, self.reports, self.steps)
+
+    def _require_backend(self, stage: Stage) -> None:
+        if self.backend not in {None, stage.backend}:
+            raise ControlError(
+                f"--backend {self.backend}: host {stage.state.host} serves views with "
+                f"{stage.backend}; leave the option out"
+            )
 
     @asynccontextmanager
     async def _host(self) -> AsyncIterator[HostState]:
@@ -137,7 +155,7 @@ class _Demo:
             yield self.elsewhere
             self.down_in_order = True
             return
-        plan = launcher.Plan(self.directory, host_shape())
+        plan = launcher.Plan(self.directory, host_shape(), backend=self.backend)
         state = await launcher.start(plan, self._print)
         try:
             yield state
@@ -155,6 +173,7 @@ class _Demo:
         values: dict[str, Any] = {
             "host": (self.elsewhere or self.directory).host,
             "lineage": self.lineage.value,
+            "skipped": sum(len(report.skipped) for report in self.reports),
             "payload": {
                 "path": str(payload.path),
                 "size": payload.size,
@@ -179,12 +198,15 @@ class _Demo:
             return
         checks = [check for report in self.reports for check in report.checks]
         held = sum(check.held for check in checks)
+        skipped = sum(len(report.skipped) for report in self.reports)
         host = f"host {self.directory.host} is down"
         if self.elsewhere is not None:
             host = f"host {self.elsewhere.host} stays up"
         self._print(
             f"{held} of {len(checks)} checks held in {len(self.reports)} of "
-            f"{len(self.steps)} steps; {host}"
+            f"{len(self.steps)} steps"
+            + (f", {skipped} skipped" if skipped else "")
+            + f"; {host}"
         )
 
     def _down(self, state: HostState) -> None:
@@ -212,6 +234,11 @@ class _Demo:
             word = "[green]ok[/]    " if check.held else "[red]FAILED[/]"
             found = f" ({check.found})" if check.found else ""
             line = f"   {word} {escape(check.sentence + found)}"
+            self.screen.print(line, soft_wrap=True)
+        for skipped in report.skipped:
+            line = (
+                f"   [yellow]skipped[/] {escape(f'{skipped.sentence}: {skipped.why}')}"
+            )
             self.screen.print(line, soft_wrap=True)
         if report.after is not None:
             for line in counter_lines(report.before, report.after):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,6 +76,14 @@ class Check:
     """What was found, where it says more than the sentence."""
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A check that cannot hold on this backend."""
+
+    sentence: str
+    why: str
+
+
 @dataclass(slots=True)
 class StepReport:
     """What one step did; filled while it runs."""
@@ -82,9 +91,12 @@ class StepReport:
     name: str
     aim: str
     before: Snapshot
+    weaker: Mapping[str, str] = field(default_factory=dict)
+    """Checks that cannot hold here, and why."""
     after: Snapshot | None = None
     said: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -97,7 +109,10 @@ class StepReport:
         self.said.append(sentence)
 
     def check(self, sentence: str, held: object, found: object = "") -> None:
-        """Note whether `sentence` is so."""
+        """Note whether `sentence` is so, or that it cannot be."""
+        if sentence in self.weaker:
+            self.skipped.append(Skipped(sentence, self.weaker[sentence]))
+            return
         self.checks.append(Check(sentence, bool(held), str(found)))
 
     def finish(self, after: Snapshot, change: Change | None) -> None:
@@ -112,7 +127,9 @@ class StepReport:
 
     def values(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {**asdict(self), "held": self.held}
+        values = {**asdict(self), "held": self.held}
+        del values["weaker"]
+        return values
 
 
 LABELS = {

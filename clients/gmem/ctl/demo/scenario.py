@@ -15,6 +15,7 @@ from gmem.ctl.demo.children import ChildEndedError
 from gmem.ctl.demo.report import StepReport
 from gmem.ctl.demo.stage import Stage, StepFailedError
 from gmem.ctl.demo.step import Step
+from gmem.ctl.demo.weaker import WEAKER
 from gmem.ctl.errors import ServiceDiedError
 from gmem.ctl.processes import exit_status
 from gmem.ctl.state import HostState, ServiceRecord
@@ -56,7 +57,8 @@ async def play(
     async with _deaths(stage.state) as died:
         before = stage.baseline = await _unless_died(stage.snapshot(), stage, died)
         for number, step in enumerate(steps, start=1):
-            report = StepReport(step.name, step.aim, before)
+            weaker = WEAKER[stage.backend]
+            report = StepReport(step.name, step.aim, before, weaker)
             reports.append(report)
             started = time.monotonic()
             try:

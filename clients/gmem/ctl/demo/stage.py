@@ -25,6 +25,7 @@ from gmem.ctl.directories import HostDirectory
 from gmem.ctl.errors import ControlError
 from gmem.ctl.processes import child_environment
 from gmem.ctl.state import HostState
+from gmem.runtime.backend import Backend
 from gmem.runtime.broker_client import BrokerClient
 from gmem.uapi.errors import Errno, KernelError
 from gmem.uapi.flags import (
@@ -94,6 +95,8 @@ class Stage:
     memslot_memory: BrokerClient | None = None
     """Our connection to the vmm's broker: the memslot's userspace side ends with it."""
     lineage: Lineage = Lineage.RFC_V1
+    backend: Backend = Backend.FUSE
+    """What the host serves views with, as it says itself."""
     containers: Containers | None = None
     """Where the programs run as containers; None: as children of this process."""
     children: dict[str, Program] = field(default_factory=dict)
@@ -109,6 +112,8 @@ class Stage:
             GuestMemfdClient(self._target("guest_memfd"), client=CLIENT)
         )
         self.vmm = await enter(VmmClient(self._target("vmm-0"), client=CLIENT))
+        capabilities = await self.guest_memfd.get_capabilities()
+        self.backend = Backend(capabilities.data_plane)
         if self.containers is not None:
             await enter(self.containers)
         return self
@@ -125,7 +130,9 @@ class Stage:
         await self._stack.aclose()
 
     async def snapshot(self) -> Snapshot:
-        """Take all counters."""
+        """Take all counters, when what programs have touched is counted."""
+        if self.inode:
+            await self.guest_memfd.list_guest_memfds()
         statistics = await self.allocator.get_statistics()
         stage2 = await self.vmm.get_stage2(self.vm) if self.vm else None
         return Snapshot.of(statistics, stage2)

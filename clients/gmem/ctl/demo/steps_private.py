@@ -16,6 +16,7 @@ from gmem.ctl.demo.stage import (
     StepFailedError,
 )
 from gmem.ctl.demo.step import Step
+from gmem.ctl.demo.weaker import DIED
 from gmem.uapi.errors import Errno, KernelError, NotFaultable, ObjectExists, Reason
 from gmem.uapi.flags import (
     FALLOC_FL_KEEP_SIZE,
@@ -185,10 +186,13 @@ async def victim(stage: Stage, report: StepReport) -> None:
     except ChildEndedError as ended:
         status = ended.status
         report.say(f"gmem-victim ({child.where}) {describe(status)}")
+        del stage.children["victim"]
     else:
-        report.say(f"gmem-victim ({child.where}) read {answer['byte']:#x} and lives")
-    del stage.children["victim"]
-    report.check("it died by signal 7, SIGBUS", status == -SIGBUS, f"status {status}")
+        byte = answer["byte"]
+        report.say(f"gmem-victim ({child.where}) read {byte:#x} and lives")
+        report.check("it saw none of the payload", byte == 0, f"{byte:#x}")
+        await stage.end_child("victim")
+    report.check(DIED, status == -SIGBUS, f"status {status}")
     result = await stage.run_one(hash_range(GPA, stage.payload.size))
     report.check("the guest lost nothing", result.data.hex() == stage.payload.sha256)
 

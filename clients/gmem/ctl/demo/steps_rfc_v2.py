@@ -10,6 +10,7 @@ from typing import Final
 from gmem.api.guest_memfd.v1.guest_memfd_pb2 import HOLD_KIND_PIN, HOLD_KIND_PLAIN
 from gmem.client.program import hash_range, verify
 from gmem.ctl.demo import steps_private, steps_shared
+from gmem.ctl.demo.children import Program
 from gmem.ctl.demo.report import Change, StepReport
 from gmem.ctl.demo.stage import (
     BOUNCE_OFFSET,
@@ -27,6 +28,8 @@ from gmem.ctl.demo.steps_shared import (
     held,
     map_window,
 )
+from gmem.ctl.demo.weaker import IOCTL
+from gmem.runtime.backend import Backend
 from gmem.uapi.errors import Errno, NotFaultable
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE
 
@@ -87,13 +90,16 @@ async def ioctl(stage: Stage, report: StepReport) -> None:
     """Have the device convert the page that it maps, by the kernel's own ioctl."""
     child = await stage.child("device")
     before = await child.ask("read", size=16)
-    await child.ask("convert", private=True, size=PAGE_SIZE)
+    await _convert_by_device(stage, child, private=True)
     inode = await stage.guest_memfd.get_guest_memfd(stage.inode)
     left = inode.shared_pages << PAGE_SHIFT
     report.say(
         f"gmem-device ({child.where}) made _IOWR(0xAF, 0x42) on its descriptor of the "
         "host view, with the page mapped"
+        if stage.backend is Backend.FUSE
+        else f"the VMM made the page private that gmem-device ({child.where}) maps"
     )
+    report.check(IOCTL, stage.backend is Backend.FUSE)
     report.check("one page is private", left == BOUNCE_SIZE - PAGE_SIZE, left)
     try:
         await child.ask("read", size=1)
@@ -101,9 +107,17 @@ async def ioctl(stage: Stage, report: StepReport) -> None:
         report.check("it is gone from the device itself", held=True, found=error)
     else:
         report.check("it is gone from the device itself", held=False)
-    await child.ask("convert", private=False, size=PAGE_SIZE)
+    await _convert_by_device(stage, child, private=False)
     after = await child.ask("read", size=16)
     report.check("shared again, it has what it had", after == before, after["hex"])
+
+
+async def _convert_by_device(stage: Stage, child: Program, *, private: bool) -> None:
+    """Convert by the device's ioctl, or for it where that reaches nobody."""
+    if stage.backend is Backend.FUSE:
+        await child.ask("convert", private=private, size=PAGE_SIZE)
+    else:
+        await stage.convert(BOUNCE_OFFSET, PAGE_SIZE, private=private)
 
 
 async def pinned(stage: Stage, report: StepReport) -> None:

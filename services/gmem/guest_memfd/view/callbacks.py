@@ -8,7 +8,14 @@ from typing import Protocol
 from gmem.guest_memfd.core.values import ViewKind
 
 
-class ViewCallbacks(Protocol):
+class OpenCallbacks(Protocol):
+    """What every data plane tells."""
+
+    def opened(self, ino: int, view: ViewKind, fh_count: int) -> None:
+        """Somebody opened a view; `fh_count` open files of it exist now."""
+
+
+class ViewCallbacks(OpenCallbacks, Protocol):
     """Called by threads of the session: each returns at once and must not raise.
 
     `done` may be called from any thread, also before the call returns, once. None of
@@ -41,9 +48,6 @@ class ViewCallbacks(Protocol):
         `data` is the struct that the request number says is read, `answer` at most what
         it says is written; it reaches the caller with an error too.
         """
-
-    def opened(self, ino: int, view: ViewKind, fh_count: int) -> None:
-        """Somebody opened a view; `fh_count` open files of it exist now."""
 
     def released(self, ino: int, view: ViewKind, fh_count: int) -> None:
         """The last descriptor and mapping of an open file went; `fh_count` remain.

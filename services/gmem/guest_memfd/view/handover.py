@@ -12,16 +12,20 @@ from typing import Any, Final
 
 from gmem.guest_memfd.page_states import InodeTable
 from gmem.runtime import fdpass
+from gmem.runtime.backend import Backend
 from gmem.uapi.errors import TransportError
 
 SOCKET_NAME: Final = "keeper.sock"
 HANDOVER_SECONDS_MAX: Final = 10.0
+_FDS_PER_INODE: Final = {Backend.FUSE: 1, Backend.MEMFD: 3}
 
 
 @dataclass(eq=False, slots=True)
 class Handover:
     """What the keeper made, and what it kept of a predecessor; ours until `close`.
 
+    `fds` are the fuse connection, its mount and the store; none for plain memfds.
+    `connection_id` is the minor device number of all views.
     `tables` are the page states that a predecessor's inodes had, `note` what it wanted
     us to know; `successor` tells whether there was one. With `survival` the keeper
     stands in for us when we die. While `control_socket` is open we are alive to the
@@ -32,9 +36,8 @@ class Handover:
     """
 
     run_dir: Path
-    fuse_fd: int
-    mount_fd: int
-    store_fd: int
+    backend: Backend
+    fds: tuple[int, ...]
     nr_pages: int
     connection_id: int
     survival: bool
@@ -42,14 +45,29 @@ class Handover:
     tables: dict[int, InodeTable]
     note: Any
     control_socket: socket.socket
-    _held: dict[int, int] = field(default_factory=dict)
+    _held: dict[int, list[int]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def fuse_fd(self) -> int:
+        """The connection, where there is one."""
+        return self.fds[0]
+
+    @property
+    def mount_fd(self) -> int:
+        """The mount, where there is one."""
+        return self.fds[1]
+
+    @property
+    def store_fd(self) -> int:
+        """The store, where there is one."""
+        return self.fds[2]
 
     def hold(self, table: InodeTable) -> None:
         """Have the keeper keep the page states of an inode."""
         with self._lock:
-            self._held[table.ino] = table.fd
-            self._tell({"op": "hold"}, [table.fd])
+            self._held[table.ino] = table.descriptors
+            self._tell({"op": "hold"}, table.descriptors)
 
     def drop(self, ino: int) -> None:
         """Have the keeper forget an inode that is gone."""
@@ -111,22 +129,22 @@ class Handover:
 
     def close(self) -> None:
         """Close what is ours but the store's fd, which its PageStore closes."""
-        os.close(self.fuse_fd)
-        os.close(self.mount_fd)
+        for fd in self.fds[:2]:
+            os.close(fd)
         self.control_socket.close()
 
     def _give_back(self, control: socket.socket) -> None:
         numbers = {
             "op": "hand_back",
+            "backend": self.backend.value,
             "nr_pages": self.nr_pages,
             "connection_id": self.connection_id,
             "survival": self.survival,
         }
-        fds = [self.fuse_fd, self.mount_fd, self.store_fd]
         with self._lock:
-            fdpass.send(control, numbers, fds)
-            for fd in self._held.values():
-                fdpass.send(control, {"op": "hold"}, [fd])
+            fdpass.send(control, numbers, self.fds)
+            for fds in self._held.values():
+                fdpass.send(control, {"op": "hold"}, fds)
             fdpass.send(control, {"op": "note", "value": self.note})
             control.settimeout(None)
             self.control_socket.close()
@@ -155,20 +173,19 @@ def connect(run_dir: Path, *, timeout: float = HANDOVER_SECONDS_MAX) -> Handover
     except OSError as error:
         raise _no_keeper(path, error.strerror or str(error)) from error
     fields = {} if message is None else message.fields
-    if message is None or len(message.fds) != 3:
+    if message is None or "backend" not in fields:
         control.close()
         why = "it is waiting for the descriptors of a service that is gone"
         if "want" not in fields:
             why = str(fields.get("error", "it closed the connection"))
         raise _no_keeper(path, why)
-    tables = _receive_tables(control, int(fields["nr_tables"]))
+    backend = Backend(fields["backend"])
+    tables = _receive_tables(control, int(fields["nr_tables"]), _FDS_PER_INODE[backend])
     control.settimeout(None)
-    fuse_fd, mount_fd, store_fd = message.fds
     handed = Handover(
         run_dir=run_dir,
-        fuse_fd=fuse_fd,
-        mount_fd=mount_fd,
-        store_fd=store_fd,
+        backend=backend,
+        fds=tuple(message.fds),
         nr_pages=int(fields["nr_pages"]),
         connection_id=int(fields["connection_id"]),
         survival=bool(fields["survival"]),
@@ -177,18 +194,23 @@ def connect(run_dir: Path, *, timeout: float = HANDOVER_SECONDS_MAX) -> Handover
         note=fields["note"],
         control_socket=control,
     )
-    handed._held.update({ino: table.fd for ino, table in tables.items()})  # noqa: SLF001 - its own module
+    held = {ino: table.descriptors for ino, table in tables.items()}
+    handed._held.update(held)  # noqa: SLF001 - its own module
     return handed
 
 
-def _receive_tables(control: socket.socket, number: int) -> dict[int, InodeTable]:
+def _receive_tables(
+    control: socket.socket, number: int, fds_per_inode: int
+) -> dict[int, InodeTable]:
     tables: dict[int, InodeTable] = {}
     while len(tables) < number:
         message = fdpass.receive(control, fds_max=fdpass.FDS_PER_MESSAGE_MAX)
         if message is None:
             raise _no_keeper(Path(SOCKET_NAME), "it died while it handed over")
-        for fd in message.fds:
-            table = InodeTable(fd)
+        # Whole inodes come in each message.
+        for at in range(0, len(message.fds), fds_per_inode):
+            fd, *files = message.fds[at : at + fds_per_inode]
+            table = InodeTable(fd, tuple(files))
             tables[table.ino] = table
     return tables
 

@@ -37,9 +37,10 @@ from gmem.guest_memfd.view.invalidator import SYNC_PAGES_MIN, Invalidator
 from gmem.guest_memfd.view.node import ViewNode
 from gmem.guest_memfd.view.quiesce import Revoker, Runs
 from gmem.guest_memfd.view.revokers import Revokers
+from gmem.runtime.backend import Backend
 from gmem.runtime.fusewire import nodeid_of
 from gmem.uapi.errors import BadRequest, InUse, NoSuchObject, Reason
-from gmem.uapi.pages import PAGE_SHIFT
+from gmem.uapi.pages import PAGE_SHIFT, PgRange
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +62,10 @@ class ViewSession:
     From the event loop's thread only `add_inode`, `set_state` and `statistics` may be
     called; the others block. What revokes runs in `revokers`, whoever calls it.
     """
+
+    backend: Final = Backend.FUSE.value
+    sees_faults: Final = True
+    moves_bytes: Final = False
 
     def __init__(
         self,
@@ -131,6 +136,10 @@ class ViewSession:
     def is_connected(self) -> bool:
         """False once the kernel has ended the connection: all views fail closed."""
         return not self._channel.dead
+
+    def new_table(self, ino: int, i_size: int, page_size: int) -> InodeTable:
+        """Make the page states of a new inode."""
+        return InodeTable.create(ino, i_size, page_size)
 
     def add_inode(
         self,
@@ -234,6 +243,31 @@ class ViewSession:
     def st_ino(ino: int, view: ViewKind) -> int:
         """Return the inode number that fstat and /proc/PID/maps show for a view."""
         return nodeid_of(ino, view)
+
+    def inode_of(self, st_dev: int, st_ino: int) -> int | None:
+        """Return the inode whose host view fstat shows so; None for other files."""
+        if not self.is_view(st_dev, st_ino) or st_ino & ViewKind.GUEST:
+            return None
+        return st_ino >> 1
+
+    def is_view(self, st_dev: int, st_ino: int) -> bool:
+        """Tell whether a file lies on our mount."""
+        del st_ino
+        return st_dev == self.st_dev
+
+    def open_states(self, ino: int) -> int | None:
+        """None: a client is refused by its page faults."""
+        del ino
+        return None
+
+    def touched(self, ino: int) -> list[PgRange]:
+        """None: a touched hole is a READ."""
+        del ino
+        return []
+
+    def ended_opens(self) -> list[tuple[int, ViewKind]]:
+        """None: a closed file is a RELEASE."""
+        return []
 
     def statistics(self) -> ViewStatistics:
         """Return a snapshot of the counters."""
