@@ -92,6 +92,36 @@ def test_every_check_of_the_demo_holds_in_the_second_series(ctl: Gmemctl) -> Non
     assert ctl.leftovers() == []
 
 
+def test_every_check_of_the_demo_holds_in_place(ctl: Gmemctl) -> None:
+    ended = ctl("demo", "--json", "--lineage", "IN_PLACE")
+    steps = ended.json["steps"]
+    failed = [
+        f"{step['name']}: {check['sentence']} ({check['found']})"
+        for step in steps
+        for check in step["checks"]
+        if not check["held"]
+    ]
+    assert failed == []
+    assert (ended.status, ended.err) == (0, "")
+    assert (ended.json["held"], ended.json["lineage"]) == (True, "IN_PLACE")
+    names = [step["name"] for step in steps]
+    assert names == [step.name for step in STEPS_OF[Lineage.IN_PLACE]]
+    assert len(names) == 16
+    assert {"share all", "partial"} <= set(names)
+    said = "\n".join(sentence for step in steps for sentence in step["said"])
+    assert said.count("EAGAIN (page_in_use)") == 3
+    assert steps[-1]["after"] | {"vmemmap_restored": 0} == steps[0]["before"]
+    assert ctl.leftovers() == []
+
+
+def test_mainline_has_no_demo_and_says_why(ctl: Gmemctl) -> None:
+    ended = ctl("demo", "--lineage", "MAINLINE")
+    assert ended.status == 2
+    assert "neither 1G pages nor a conversion in place" in ended.err
+    assert "RFC_V1 or RFC_V2 or IN_PLACE" in ended.err
+    assert ctl.leftovers() == []
+
+
 def assert_counters(steps: list[dict[str, dict[str, int]]]) -> None:
     """The moves that the story promises, read from the numbers alone."""
     saved = [step["after"]["vmemmap_saved"] for step in steps]

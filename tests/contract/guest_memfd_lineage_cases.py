@@ -8,7 +8,7 @@ from gmem.api.types.v1.types_pb2 import MemPolicy
 from gmem.uapi.errors import Reason
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 from tests.contract.guest_memfd_cases import Case, cases, ranges, unknown
-from tests.contract.guest_memfd_scene import Body
+from tests.contract.guest_memfd_scene import PUNCH, Body
 
 R = Reason
 _BIND: Final = MemPolicy.MODE_BIND
@@ -82,6 +82,32 @@ FLAGS: Final = [
     ),
 ]
 
+IN_PLACE: Final = [
+    *cases(
+        *("CreateGuestMemfd", R.FLAG_COMBINATION, "EINVAL"),
+        [
+            {
+                "lineage": "IN_PLACE",
+                "init_shared": True,
+                "size": SIZE_2M,
+                "page_size": SIZE_2M,
+            }
+        ],
+        "init_shared with huge pages",
+    ),
+    *cases(
+        *("Fallocate", R.RANGE_UNALIGNED, "EINVAL"),
+        on("@in_place", {}, {"offset": PAGE_SIZE}, {"mode": PUNCH}),
+        "multiple of 2097152",
+    ),
+    *cases(
+        *("ConvertRange", R.ATTRIBUTE_UNSUPPORTED, "EINVAL"),
+        on("@plain", {}, {"to_shared": True}, {"validate_only": True}),
+        "no private memory",
+        "SW_PROTECTED",
+    ),
+]
+
 CONVERSION: Final = cases(
     *("ConvertRange", R.IOCTL_UNKNOWN, "ENOTTY"),
     on(
@@ -96,4 +122,4 @@ CONVERSION: Final = cases(
     "KVM_SET_MEMORY_ATTRIBUTES",
 )
 
-CASES: Final[list[Case]] = [*MEMPOLICIES, *FLAGS, *CONVERSION]
+CASES: Final[list[Case]] = [*MEMPOLICIES, *FLAGS, *IN_PLACE, *CONVERSION]

@@ -105,7 +105,8 @@ class Scene:
     hold keeps it. used_up: 2M, slot 3, shared; its one folio was punched while held, so
     that its reservation is empty. used_up_private: as that, private. unused: 2M, slot
     4, shared, no folio. second: 2M of RFC_V2, unbound, shared, page 0 pinned by "disk".
-    mainline: 2M of MAINLINE, unbound, shared, no folio.
+    mainline: 2M of MAINLINE, unbound, shared, no folio. in_place: 2M of IN_PLACE, one
+    page. plain: as that in 4K pages, of a VM without private memory.
     long, short, view, blind: descriptors of a memfd with two pages and one page, of a
     view, and of a file open for writing alone. guest_pid: a client's.
     """
@@ -214,6 +215,10 @@ async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
     )
     made["mainline"] = await _of_lineage(
         host, gmem, "MAINLINE", page_size=PAGE_SIZE, mmap=True, init_shared=True
+    )
+    made["in_place"] = await _of_lineage(host, gmem, "IN_PLACE", page_size=SIZE_2M)
+    made["plain"] = await _of_lineage(
+        host, gmem, "IN_PLACE", page_size=PAGE_SIZE, no_private_memory=True
     )
     for name, page in (("shared", 3), ("second", 0)):
         await _pin(gmem, made[name], page, "disk", pb.HOLD_KIND_PIN)

@@ -422,7 +422,7 @@ async def test_capabilities_are_those_of_kvm(host: VmmHost) -> None:
         235: 3,
         236: 1,
     }
-    assert found.lineages == ["RFC_V1", "RFC_V2"]
+    assert found.lineages == [lineage.value for lineage in Lineage]
     assert Path(found.broker_path).is_socket()
 
 

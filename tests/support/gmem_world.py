@@ -1,7 +1,7 @@
 """A world for the guest_memfd core: the real allocator core, and doubles for the rest.
 
 One thread, no clock, no chance. A Task is an operation that is stepped by hand, so a
-test says itself which of two operations goes on:
+test says which of two operations goes on:
 
     one = world.task(core.host_fault(ino, 0))
     one.run_until(Allocate)          # it has asked; nothing was answered yet
@@ -150,11 +150,7 @@ class GmemWorld:
     # Short words for what tests do all the time.
 
     def create(
-        self,
-        size: int,
-        page_size: int = PAGE_SIZE,
-        vm: str = VM,
-        **options: Any,
+        self, size: int, page_size: int = PAGE_SIZE, vm: str = VM, **options: Any
     ) -> Inode:
         made = InodeOptions(size=size, page_size=page_size, vm=vm, **options)
         return self.core.inode(self.run(self.core.create(made)))
@@ -171,6 +167,15 @@ class GmemWorld:
             init_private=not shared,
         )
         self.run(self.bind(inode))
+        return inode
+
+    def created_in_place(
+        self, size: int, page_size: int = PAGE_SIZE, *, shared: bool = True
+    ) -> Inode:
+        """An inode of IN_PLACE that can be mapped, bound, all of it of one kind."""
+        inode = self.create(size, page_size, lineage=Lineage.IN_PLACE, mmap=True)
+        self.run(self.bind(inode))
+        self.run(self.convert(whole(inode), shared=shared))
         return inode
 
     def run_work(self) -> None:
@@ -337,8 +342,10 @@ class GmemWorld:
 
     @_do.register(fx.InvalidateBegin)
     @_do.register(fx.InvalidateEnd)
+    @_do.register(fx.WriteBackView)
+    @_do.register(fx.DrainLru)
     def _(self, e: Any) -> None:
-        """A VMM that acknowledges."""
+        """A VMM that acknowledges; a store without a cache; no holds of a moment."""
 
     @_do.register
     def _(self, e: fx.Record) -> None:
@@ -378,10 +385,6 @@ class GmemWorld:
         )
         states[span] = states[span].translate(quiet + bytes(range(4, 256)))
         self._unmap(e.inode, e.pages)
-
-    @_do.register
-    def _(self, e: fx.WriteBackView) -> None:
-        """Nothing is cached here: what a process stores is in the store."""
 
     @_do.register
     def _(self, e: fx.LoadBytes) -> bytes:

@@ -28,7 +28,12 @@ from gmem.memory import MappedWindow
 from gmem.runtime import fdpass
 from gmem.runtime.broker_client import BrokerClient
 from gmem.uapi.errors import KernelError, TransportError
-from gmem.uapi.flags import KVM_GMEM_CONVERT_PRIVATE, KVM_GMEM_CONVERT_SHARED
+from gmem.uapi.flags import (
+    KVM_GMEM_CONVERT_PRIVATE,
+    KVM_GMEM_CONVERT_SHARED,
+    KVM_MEMORY_ATTRIBUTES2_FORMAT,
+    KVM_SET_MEMORY_ATTRIBUTES2,
+)
 from gmem.uapi.pages import PAGE_SIZE
 
 MAP_FAILED = (1 << 64) - 1
@@ -151,6 +156,28 @@ class MemoryClient:
             int.from_bytes(self.window.read(at, 8), sys.byteorder) for at in offsets
         ]
 
+    def fork_and_touch(self, offset: int) -> int:
+        """Fork a child that stores to a page again and again; return its pid.
+
+        It has the page mapped already when this returns. No thread was started here.
+        """
+        ready, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            self.window.array[offset] = 1
+            os.write(told, b"x")
+            while True:
+                self.window.array[offset] += 1
+        os.close(told)
+        os.read(ready, 1)
+        os.close(ready)
+        return child
+
+    def end_of_child(self, child: int) -> int:
+        """Wait for the end of a child; return the signal that it died of, or 0."""
+        _, status = os.waitpid(child, 0)
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
     # System calls on the descriptor.
 
     def fstat(self) -> dict[str, int]:
@@ -186,6 +213,27 @@ class MemoryClient:
             "size": size,
             "error_offset": error_offset,
         }
+
+    def set_attributes(
+        self, offset: int, size: int, attributes: int, words: dict[str, int]
+    ) -> dict[str, int]:
+        """Make KVM_SET_MEMORY_ATTRIBUTES2; return errno, and the words that changed.
+
+        `words` has flags, error_offset and reserved words by their place in the struct.
+        """
+        given = [offset, size, attributes, *[0] * 13]
+        for place, word in words.items():
+            given[int(place)] = word
+        argument = bytearray(struct.pack(KVM_MEMORY_ATTRIBUTES2_FORMAT, *given))
+        try:
+            fcntl.ioctl(self.fd, KVM_SET_MEMORY_ATTRIBUTES2, argument)
+            number = 0
+        except OSError as error:
+            number = error.errno or -1
+        found = struct.unpack(KVM_MEMORY_ATTRIBUTES2_FORMAT, argument)
+        pairs = enumerate(zip(given, found, strict=True))
+        changed = {str(place): new for place, (old, new) in pairs if old != new}
+        return {"errno": number, **changed}
 
     def convert_often(self, offset: int, size: int, times: int) -> dict[str, int]:
         """Make pages private and shared again; count how often which errno came."""

@@ -50,6 +50,7 @@ class GuestMemfdClient(ServiceClient):
         init_private: bool = False,
         mmap: bool = False,
         init_shared: bool = False,
+        no_private_memory: bool = False,
         request_id: RequestId | None = None,
     ) -> pb.GuestMemfd:
         """Make an inode; its pages are reserved at once."""
@@ -63,6 +64,7 @@ class GuestMemfdClient(ServiceClient):
             init_private=init_private,
             mmap=mmap,
             init_shared=init_shared,
+            no_private_memory=no_private_memory,
         )
         method = self._stub.CreateGuestMemfd
         return (await self.connection.mutate(method, request, request_id)).guest_memfd
@@ -174,7 +176,9 @@ class GuestMemfdClient(ServiceClient):
         timeout: float | None = None,
         request_id: RequestId | None = None,
     ) -> None:
-        """Change the faultability of ranges, all or nothing.
+        """Change the faultability of ranges: all or nothing, but in IN_PLACE.
+
+        There each range, and in files of huge pages each of these, is for itself.
 
         With `wait_ms` it waits for whoever holds the pages; `timeout` is then counted
         from the end of that wait, where it is not given.

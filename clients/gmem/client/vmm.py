@@ -72,10 +72,16 @@ class VmmClient(ServiceClient):
         vm: str,
         size: int,
         flags: int = 0,
+        page_order: int = 0,
         request_id: RequestId | None = None,
     ) -> str:
-        """KVM_CREATE_GUEST_MEMFD; return the inode's resource name."""
-        request = pb.CreateGuestMemfdRequest(vm=vm, size=size, flags=flags)
+        """KVM_CREATE_GUEST_MEMFD; return the inode's resource name.
+
+        `page_order` is a field of IN_PLACE alone.
+        """
+        request = pb.CreateGuestMemfdRequest(
+            vm=vm, size=size, flags=flags, page_order=page_order
+        )
         method = self._stub.CreateGuestMemfd
         return (await self.connection.mutate(method, request, request_id)).guest_memfd
 

@@ -51,3 +51,19 @@ def state_of(run_dir: Path | None, host: str) -> HostState:
     """Return a host that is up, here or elsewhere. Raises ControlError."""
     directory = directory_of(run_dir, host)
     return host_elsewhere(os.environ, host) or require_state(directory)
+
+
+Pools: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Pages at boot, SIZE:PAGES or SIZE:PAGES@NODE; repeatable. "
+        f"Default: {', '.join(options.DEFAULT_POOLS)}."
+    ),
+]
+InPlaceConversion: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        help="Files of IN_PLACE are converted by themselves; else only the attributes "
+        "of their VMs change, as in MAINLINE."
+    ),
+]

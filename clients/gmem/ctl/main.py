@@ -15,7 +15,9 @@ from gmem.ctl import inspection, lifecycle, options, reports
 from gmem.ctl.arguments import (
     ChosenBackend,
     Host,
+    InPlaceConversion,
     Json,
+    Pools,
     Repair,
     RunDir,
     directory_of,
@@ -54,16 +56,11 @@ def up(
         int, typer.Option(min=1, max=options.NODES_MAX, help="NUMA nodes.")
     ] = 2,
     memory: Annotated[str, typer.Option(help="Memory of each node, e.g. 16G.")] = "16G",
-    pool: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Pages at boot, SIZE:PAGES or SIZE:PAGES@NODE; repeatable. "
-            f"Default: {', '.join(options.DEFAULT_POOLS)}."
-        ),
-    ] = None,
+    pool: Pools = None,
     default_hugepagesz: Annotated[
         str, typer.Option(help="The size that HugePages_* of meminfo speak of.")
     ] = "2M",
+    gmem_in_place_conversion: InPlaceConversion = True,
     vmms: Annotated[
         int, typer.Option(min=1, max=options.VMMS_MAX, help="VMM processes.")
     ] = 1,
@@ -90,6 +87,7 @@ def up(
             options.parse_memory(memory),
             [options.parse_pool(text) for text in pool or options.DEFAULT_POOLS],
             options.parse_page_size(default_hugepagesz),
+            in_place_conversion=gmem_in_place_conversion,
         )
         who = None if user is None else options.parse_user(user)
         plan = Plan(directory, shape, vmms, user=who, backend=backend)

@@ -112,6 +112,8 @@ def host_shape(
     memory_per_node: int,
     pools: Sequence[PoolOption],
     default_page_size: int,
+    *,
+    in_place_conversion: bool = True,
 ) -> HostShape:
     """Put nodes and pools together. Raises ControlError where they do not fit."""
     huge_pages: list[dict[int, int]] = [{} for _ in range(nr_nodes)]
@@ -130,7 +132,11 @@ def host_shape(
     nodes = tuple(
         NodeShape(memory_size=memory_per_node, huge_pages=pages) for pages in huge_pages
     )
-    return HostShape(nodes=nodes, default_hugepagesize=default_page_size)
+    return HostShape(
+        nodes=nodes,
+        default_hugepagesize=default_page_size,
+        gmem_in_place_conversion=in_place_conversion,
+    )
 
 
 def _spread(pool: PoolOption, nr_nodes: int) -> dict[int, int]:

@@ -3,19 +3,20 @@
 It maps the page store, serves the views over the fuse connection that the keeper made,
 and maps no view itself; with the backend memfd it hands memfds out instead. Exit
 status: that of `gmem.runtime.server.run_service`, or EXIT_NO_KEEPER where nobody handed
-the descriptors over.
+the descriptors over, or EXIT_USAGE where the host's shape cannot be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from gmem.client import HostAllocatorClient, Patience
 from gmem.guest_memfd import restart, servicer, takeover
 from gmem.guest_memfd.core.effects import Record, ScheduleMerge
+from gmem.guest_memfd.core.lineage import LineageRules, rules_of
 from gmem.guest_memfd.memfd.session import MemfdSession
 from gmem.guest_memfd.memory_ports import MemoryPorts
 from gmem.guest_memfd.page_store import PageStore
@@ -30,13 +31,15 @@ from gmem.guest_memfd.wait_ports import WaitPorts
 from gmem.runtime import log
 from gmem.runtime.backend import Backend
 from gmem.runtime.broker import Broker
-from gmem.runtime.config import ServiceConfig
+from gmem.runtime.config import HostShape, ServiceConfig
 from gmem.runtime.drive import Performer, wake_up_fd
 from gmem.runtime.log import logger
 from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.errors import TransportError
+from gmem.uapi.lineage import Lineage
 
 EXIT_NO_KEEPER = 69
+EXIT_USAGE = 2
 BROKER_NAME = "guest_memfd.broker"
 # A restart of the allocator is waited for; what lasts longer fails the operation.
 ALLOCATOR_PATIENCE = Patience(attempts=20, total=5.0, longest_pause=0.5)
@@ -49,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not wait_for_start(config):
         return 0
     try:
+        shape = HostShape.load(config)
+    except (OSError, ValueError) as error:
+        logger.critical("cannot boot", error=str(error))
+        return EXIT_USAGE
+    rules = rules_of(in_place_conversion=shape.gmem_in_place_conversion)
+    try:
         kept = handover.connect(config.run_dir)
     except TransportError as error:
         logger.critical("no keeper", error=str(error))
@@ -56,15 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if kept.backend is not config.backend:
         logger.critical("another backend", error=_mismatch(kept, config))
         return EXIT_NO_KEEPER
-    return run_service(config, partial(start, kept=kept))
+    return run_service(config, partial(start, kept=kept, rules=rules))
 
 
-async def start(runtime: Runtime, *, kept: Handover) -> None:
+async def start(
+    runtime: Runtime, *, kept: Handover, rules: Mapping[Lineage, LineageRules]
+) -> None:
     """Put the service together on the loop of `runtime` and have it served."""
     config = runtime.config
     broker = Broker(config.run_dir / BROKER_NAME)
     journal = runtime.use(open_journal(config))
-    service = GuestMemfdService(config.host, broker, runtime.events, journal)
+    service = GuestMemfdService(config.host, broker, runtime.events, journal, rules)
     session, contents = _data_plane(kept, service)
     service.kept = kept
     allocator = _allocator(runtime)
@@ -81,9 +92,7 @@ async def start(runtime: Runtime, *, kept: Handover) -> None:
         file_of=service.names.of,
     )
     memory.register(performer)
-    waits = WaitPorts(service.parked_clients, service.lease_expired)
-    waits.register(performer)
-    runtime.before_stop(waits.stop)
+    _register_waits(runtime, service, performer)
     performer.register_local(ScheduleMerge, service.schedule_merge)
     service.session = session
     service.runner = runtime.runner(performer)
@@ -127,6 +136,14 @@ def _mismatch(kept: Handover, config: ServiceConfig) -> str:
         f"the keeper has the backend {kept.backend}, and this service was told "
         f"{config.backend}: start both with the same --backend"
     )
+
+
+def _register_waits(
+    runtime: Runtime, service: GuestMemfdService, performer: Performer
+) -> None:
+    waits = WaitPorts(service.parked_clients, service.lease_expired)
+    waits.register(performer)
+    runtime.before_stop(waits.stop)
 
 
 def _allocator(runtime: Runtime) -> HostAllocatorClient:

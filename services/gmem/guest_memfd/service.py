@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from gmem.effects import Op, T
-from gmem.guest_memfd import recovery
+from gmem.guest_memfd import ioctls, recovery
 from gmem.guest_memfd.accounting import Accounting
 from gmem.guest_memfd.codec import Names
 from gmem.guest_memfd.core.effects import ScheduleMerge
+from gmem.guest_memfd.core.lineage import RULES, LineageRules
 from gmem.guest_memfd.core.registry import GuestMemfdCore
 from gmem.guest_memfd.core.values import FaultOutcome, Mapped, ViewKind
-from gmem.guest_memfd.ioctls import ConvertCall
 from gmem.guest_memfd.page_states import InodeTable
 from gmem.guest_memfd.recovery import Misplaced
 from gmem.guest_memfd.view.handover import Handover
@@ -37,6 +37,8 @@ from gmem.runtime.drive import Runner
 from gmem.runtime.events import EventLog
 from gmem.runtime.journal import Journal
 from gmem.uapi.errors import Errno, KernelError
+from gmem.uapi.flags import Faultability
+from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PgOff
 
 if TYPE_CHECKING:
@@ -63,9 +65,14 @@ class GuestMemfdService:
     kept: Handover
 
     def __init__(
-        self, host: str, broker: Broker, events: EventLog, journal: Journal
+        self,
+        host: str,
+        broker: Broker,
+        events: EventLog,
+        journal: Journal,
+        rules: Mapping[Lineage, LineageRules] = RULES,
     ) -> None:
-        self.core = GuestMemfdCore(f"hosts/{host}/guestMemfds")
+        self.core = GuestMemfdCore(f"hosts/{host}/guestMemfds", rules)
         self.names = Names(host)
         self.broker = broker
         self.mutex = threading.Lock()
@@ -186,8 +193,8 @@ class GuestMemfdService:
     def ioctl(
         self, ino: int, cmd: int, data: bytes, done: Callable[[int, bytes], None]
     ) -> None:
-        """Convert a range: KVM_GMEM_CONVERT_SHARED and _PRIVATE; others are ENOTTY."""
-        call = ConvertCall.decode(cmd, data)
+        """Convert a range as the file's lineage does by ioctl; others are ENOTTY."""
+        call = ioctls.decode(cmd, data)
         if call is None:
             done(Errno.ENOTTY, b"")
             return
@@ -195,7 +202,7 @@ class GuestMemfdService:
         def ended(future: Future[None]) -> None:
             error = future.exception()
             if error is None:
-                to = "shared" if call.to_shared else "private"
+                to = "shared" if call.to is Faultability.ALL else "private"
                 self.record(
                     "inode.converted",
                     ino,

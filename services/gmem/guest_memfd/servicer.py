@@ -115,6 +115,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
             init_private=request.init_private,
             mmap=request.mmap,
             init_shared=request.init_shared,
+            private_memory=not request.no_private_memory,
         )
         number = await self._service.run(self._core.create(options))
         self._service.record(

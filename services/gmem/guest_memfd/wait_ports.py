@@ -22,6 +22,8 @@ from gmem.runtime.drive import Performer
 
 MAPPINGS_POLL_SECONDS: Final = 0.05
 """How often a wait looks again when a process has pages mapped: nobody tells of it."""
+DRAIN_SECONDS: Final = 0.001
+"""What an lru_add_drain_all() takes: it runs once on each CPU."""
 LEASE_TICK_SECONDS: Final = 0.1
 LEASE_TICK_SECONDS_MAX: Final = 2 * LEASE_TICK_SECONDS
 
@@ -64,6 +66,12 @@ class WaitPorts:
         performer.register_local(fx.ArmLease, self._arm)
         performer.register_local(fx.DisarmLease, self._disarm)
         performer.register_remote(fx.WaitForRelease, self._wait)
+        performer.register_remote(fx.DrainLru, self._drain)
+
+    async def _drain(self, effect: fx.DrainLru) -> None:
+        """Let what is on its way to end a hold come in."""
+        del effect
+        await asyncio.sleep(DRAIN_SECONDS)
 
     def stop(self) -> None:
         """Wake every waiter: the service stops. Leases run no more."""

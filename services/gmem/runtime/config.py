@@ -156,6 +156,8 @@ class HostShape(BaseModel):
     nr_overcommit_hugepages: dict[Size, int] = Field(default_factory=dict)
     optimize_vmemmap: bool = True
     """hugetlb_free_vmemmap= at boot."""
+    gmem_in_place_conversion: bool = True
+    """The module parameter of KVM: files of IN_PLACE are converted, not VMs."""
 
     @classmethod
     def load(cls, config: ServiceConfig) -> HostShape:

@@ -18,5 +18,9 @@ class Lineage(StrEnum):
     RFC_V2 = "RFC_V2"
     """Its second version, 51 patches, May 2025."""
 
+    IN_PLACE = "IN_PLACE"
+    """"In-place conversion support", eighth version, June 2026, with its branch for
+    huge pages."""
+
     MAINLINE = "MAINLINE"
     """torvalds/linux 7.x: mmap, one memory policy per range, pages of 4K alone."""

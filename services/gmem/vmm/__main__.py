@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
 from gmem.api.vmm.v1 import vmm_pb2, vmm_pb2_grpc
 from gmem.client import GuestMemfdClient
+from gmem.runtime import log
 from gmem.runtime.broker import Broker
-from gmem.runtime.config import ServiceConfig
+from gmem.runtime.config import HostShape, ServiceConfig
 from gmem.runtime.drive import Performer
 from gmem.runtime.log import logger
 from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.errors import NoSuchObject, TransportError
+from gmem.uapi.lineage import Lineage
+from gmem.vmm.core.lineage import VM_RULES, VmRules, vm_rules_of
 from gmem.vmm.core.registry import VmRegistry
 from gmem.vmm.core.rows import VmRows, restore
 from gmem.vmm.guests import Guests
@@ -23,9 +26,12 @@ from gmem.vmm.ports import GuestMemfdPort, GuestPort
 from gmem.vmm.servicer import VmmServicer
 
 RETRY_SECONDS: Final = 0.5
+EXIT_USAGE: Final = 2
 
 
-async def start(runtime: Runtime) -> None:
+async def start(
+    runtime: Runtime, *, rules: Mapping[Lineage, VmRules] = VM_RULES
+) -> None:
     """Make the service: its broker, its ports, its core, its rpcs."""
     config = runtime.config
     journal = runtime.use(open_journal(config))
@@ -37,7 +43,7 @@ async def start(runtime: Runtime) -> None:
     )
     runtime.on_stop(client.close)
 
-    registry = VmRegistry(config.host)
+    registry = VmRegistry(config.host, rules)
     if journal.rows:
         restore(registry, journal.rows)
         logger.info("recovered", vms=len(registry))
@@ -97,7 +103,16 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve VMs; return the exit status."""
     config = ServiceConfig.load("vmm", argv)
-    return run_service(config, start) if wait_for_start(config) else 0
+    if not wait_for_start(config):
+        return 0
+    try:
+        shape = HostShape.load(config)
+    except (OSError, ValueError) as error:
+        log.configure(service=config.name, host=config.host, level=config.log_level)
+        logger.critical("cannot boot", error=str(error))
+        return EXIT_USAGE
+    rules = vm_rules_of(in_place_conversion=shape.gmem_in_place_conversion)
+    return run_service(config, partial(start, rules=rules))
 
 
 if __name__ == "__main__":

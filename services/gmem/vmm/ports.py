@@ -85,6 +85,7 @@ class GuestMemfdPort:
             init_private=effect.init_private,
             mmap=effect.mmap,
             init_shared=effect.init_shared,
+            no_private_memory=not effect.private_memory,
         )
         return made.name
 

@@ -130,7 +130,9 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
         del context
         vm = self._registry.get(request.vm)
         name = await self._runner.run(
-            create_guest_memfd(vm, request.size, request.flags)
+            create_guest_memfd(
+                vm, request.size, request.flags, page_order=request.page_order
+            )
         )
         self._record("guest_memfd.created", vm.name, guest_memfd=name)
         return pb.CreateGuestMemfdResponse(guest_memfd=name)

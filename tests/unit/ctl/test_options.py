@@ -85,3 +85,10 @@ def test_pools_larger_than_their_node_are_refused_with_the_way_out() -> None:
 def test_a_node_that_is_not_there_is_refused() -> None:
     with pytest.raises(ControlError, match=r"1G:1@2 names node 2.*0 to 1"):
         host_shape(2, 4 << 30, [parse_pool("1G:1@2")], SIZE_2M)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_module_parameter_is_part_of_the_shape(on: bool) -> None:
+    shape = options.host_shape(1, 1 << 30, [], 1 << 21, in_place_conversion=on)
+    assert shape.gmem_in_place_conversion is on
+    assert type(shape).model_validate_json(shape.model_dump_json()) == shape

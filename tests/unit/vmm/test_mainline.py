@@ -111,6 +111,7 @@ def test_create_passes_the_flags_on() -> None:
             Lineage.MAINLINE,
             mmap=True,
             init_shared=True,
+            private_memory=False,
         )
     ]
 

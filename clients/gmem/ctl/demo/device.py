@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from gmem.ctl.demo.program import serve
@@ -14,10 +15,32 @@ from gmem.uapi.flags import (
     KVM_GMEM_CONVERT_FORMAT,
     KVM_GMEM_CONVERT_PRIVATE,
     KVM_GMEM_CONVERT_SHARED,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_MEMORY_ATTRIBUTES2_FORMAT,
+    KVM_SET_MEMORY_ATTRIBUTES2,
 )
 
 NAME = "gmem-device"
 POLL_SECONDS: Final = 0.0005
+
+
+def _rfc_v2(offset: int, size: int, private: bool) -> tuple[int, bytearray]:
+    request = KVM_GMEM_CONVERT_PRIVATE if private else KVM_GMEM_CONVERT_SHARED
+    return request, bytearray(struct.pack(KVM_GMEM_CONVERT_FORMAT, offset, size, 0))
+
+
+def _in_place(offset: int, size: int, private: bool) -> tuple[int, bytearray]:
+    attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+    words = (offset, size, attributes, *[0] * 13)
+    argument = struct.pack(KVM_MEMORY_ATTRIBUTES2_FORMAT, *words)
+    return KVM_SET_MEMORY_ATTRIBUTES2, bytearray(argument)
+
+
+CONVERTS: Final[dict[str, Callable[[int, int, bool], tuple[int, bytearray]]]] = {
+    "KVM_GMEM_CONVERT_PRIVATE": _rfc_v2,
+    "KVM_SET_MEMORY_ATTRIBUTES2": _in_place,
+}
+"""Request and struct of a conversion, by the name of its ioctl."""
 
 
 class Device:
@@ -47,12 +70,9 @@ class Device:
                 time.sleep(POLL_SECONDS)
         return {"answered": answered}
 
-    def convert(self, *, private: bool, size: int) -> dict[str, Any]:
-        """Convert the first pages of the window by the ioctl of its own descriptor."""
-        request = KVM_GMEM_CONVERT_PRIVATE if private else KVM_GMEM_CONVERT_SHARED
-        argument = bytearray(
-            struct.pack(KVM_GMEM_CONVERT_FORMAT, self._window.offset, size, 0)
-        )
+    def convert(self, *, call: str, private: bool, size: int) -> dict[str, Any]:
+        """Convert the first pages of the window by an ioctl of its own descriptor."""
+        request, argument = CONVERTS[call](self._window.offset, size, private)
         fcntl.ioctl(self._window.fd, request, argument)
         return {}
 

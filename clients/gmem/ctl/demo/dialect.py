@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from gmem.api.guest_memfd.v1.guest_memfd_pb2 import Range
 from gmem.uapi.flags import (
     GUEST_MEMFD_FLAG_HUGETLB,
+    GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_SHIFT,
+    IN_PLACE_HUGE_PAGES,
     KVM_GUEST_MEMFD_HUGE_SHIFT,
     KVM_GUEST_MEMFD_HUGETLB,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
 )
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import SIZE_1G
+from gmem.uapi.pages import SIZE_1G, order_of
 
 if TYPE_CHECKING:
     from gmem.ctl.demo.stage import Stage
@@ -37,6 +39,12 @@ class Dialect:
     call: str
     """The name of the call that converts."""
     convert: Convert
+    page_order: int = 0
+    """KVM_CREATE_GUEST_MEMFD's field of that name."""
+    starts_shared: bool = True
+    """Whether every page may be touched by the host before anything is converted."""
+    ioctl: str = ""
+    """The ioctl on the file that converts, where there is one, and its number."""
 
 
 async def _set_attributes(
@@ -79,5 +87,14 @@ DIALECTS: Final[Mapping[Lineage, Dialect]] = {
         | _LOG2_1G << GUESTMEM_HUGE_SHIFT,
         "KVM_GMEM_CONVERT_PRIVATE",
         _convert_file,
+        ioctl="KVM_GMEM_CONVERT_PRIVATE, _IOWR(0xAF, 0x42)",
+    ),
+    Lineage.IN_PLACE: Dialect(
+        GUEST_MEMFD_FLAG_MMAP | IN_PLACE_HUGE_PAGES,
+        "KVM_SET_MEMORY_ATTRIBUTES2",
+        _convert_file,
+        page_order=order_of(SIZE_1G),
+        starts_shared=False,
+        ioctl="KVM_SET_MEMORY_ATTRIBUTES2, _IOWR(0xAE, 0xd2)",
     ),
 }

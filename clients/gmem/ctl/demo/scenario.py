@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
-from gmem.ctl.demo import steps_private, steps_rfc_v2, steps_shared
+from gmem.ctl.demo import steps_in_place, steps_private, steps_rfc_v2, steps_shared
 from gmem.ctl.demo.children import ChildEndedError
 from gmem.ctl.demo.report import StepReport
 from gmem.ctl.demo.stage import Stage, StepFailedError
@@ -26,6 +26,7 @@ STEPS: Final = (*steps_private.STEPS, *steps_shared.STEPS)
 STEPS_OF: Final[Mapping[Lineage, Sequence[Step]]] = {
     Lineage.RFC_V1: STEPS,
     Lineage.RFC_V2: steps_rfc_v2.STEPS,
+    Lineage.IN_PLACE: steps_in_place.STEPS,
 }
 NO_DEMO: Final[Mapping[Lineage, str]] = {
     Lineage.MAINLINE: "MAINLINE has neither 1G pages nor a conversion in place, which "

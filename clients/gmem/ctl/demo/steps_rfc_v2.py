@@ -75,7 +75,10 @@ async def kept(stage: Stage, report: StepReport) -> None:
 async def neighbours(stage: Stage, report: StepReport) -> None:
     """Look at private memory beside the window, and at the payload."""
     result = await stage.run_one(verify(NEIGHBOUR_GPA, NEIGHBOUR_SIZE, MARK))
-    report.say("RFC_V2 keeps a folio's flags through a split, and with them its bytes")
+    report.say(
+        f"{stage.lineage} keeps a folio's flags through a split, and with them its "
+        "bytes"
+    )
     report.check("neighbours in the split 1G page are as they were", result.count == 0)
     payload = await stage.run_one(hash_range(GPA, stage.payload.size))
     same = payload.data.hex() == stage.payload.sha256
@@ -94,8 +97,8 @@ async def ioctl(stage: Stage, report: StepReport) -> None:
     inode = await stage.guest_memfd.get_guest_memfd(stage.inode)
     left = inode.shared_pages << PAGE_SHIFT
     report.say(
-        f"gmem-device ({child.where}) made _IOWR(0xAF, 0x42) on its descriptor of the "
-        "host view, with the page mapped"
+        f"gmem-device ({child.where}) made {stage.dialect.ioctl} on its descriptor of "
+        "the host view, with the page mapped"
         if stage.backend is Backend.FUSE
         else f"the VMM made the page private that gmem-device ({child.where}) maps"
     )
@@ -115,7 +118,8 @@ async def ioctl(stage: Stage, report: StepReport) -> None:
 async def _convert_by_device(stage: Stage, child: Program, *, private: bool) -> None:
     """Convert by the device's ioctl, or for it where that reaches nobody."""
     if stage.backend is Backend.FUSE:
-        await child.ask("convert", private=private, size=PAGE_SIZE)
+        call = stage.dialect.call
+        await child.ask("convert", call=call, private=private, size=PAGE_SIZE)
     else:
         await stage.convert(BOUNCE_OFFSET, PAGE_SIZE, private=private)
 
@@ -133,7 +137,10 @@ async def pinned(stage: Stage, report: StepReport) -> None:
 
 async def plain_reference(stage: Stage, report: StepReport) -> None:
     """Hold a plain reference: this series counts it."""
-    report.say("RFC_V2 compares the reference count: what the first series overlooked")
+    report.say(
+        f"{stage.lineage} compares the reference count: what the first series "
+        "overlooked"
+    )
     holder = "gmem-demo get_user_pages"
     await held(stage, report, HOLD_KIND_PLAIN, holder, Errno.EAGAIN)
 
@@ -146,8 +153,8 @@ async def back(stage: Stage, report: StepReport) -> None:
     report.check("the guest's hypercall is answered with 0", answer == 0, answer)
     inode = await stage.guest_memfd.get_guest_memfd(stage.inode)
     report.say(
-        "the guest names the window alone: RFC_V2 looks at every huge page that the "
-        "range touches"
+        f"the guest names the window alone: {stage.lineage} looks at every huge page "
+        "that the range touches"
     )
     report.check("nothing is shared", not inode.shared_pages, inode.shared_pages)
     report.check("no 1G page is split", inode.split_folios == 0, inode.split_folios)

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from gmem.guest_memfd.core.values import AttributesCall
 from gmem.uapi.errors import BadRequest, Exhausted, Reason, Unsupported
-from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES, PgRange, format_size
+from gmem.uapi.flags import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+)
+from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES, U64_LIMIT, PgRange, format_size
 
 # loff_t is signed: no file is longer, and no end of a range lies beyond.
 OFFSET_LIMIT: Final = (1 << 63) - 1
@@ -80,7 +85,43 @@ def require_convert_ioctl(
     return PgRange.of_bytes(offset, size)
 
 
-def require_fallocate(mode: int, offset: int, length: int) -> None:
+def require_attributes_ioctl(
+    call: AttributesCall, *, i_size: int, private_memory: bool
+) -> PgRange:
+    """Check KVM_SET_MEMORY_ATTRIBUTES2 in its order; error_offset is not looked at."""
+    if call.flags:
+        raise BadRequest(
+            Reason.FLAG_UNKNOWN, f"flags {call.flags:#x} mean nothing: set them to 0"
+        )
+    if any(call.reserved):
+        raise BadRequest(
+            Reason.ARGUMENT_INVALID, "a reserved word is not 0: set all of them to 0"
+        )
+    supported = KVM_MEMORY_ATTRIBUTE_PRIVATE if private_memory else 0
+    if not supported or call.attributes & ~supported:
+        raise BadRequest(
+            Reason.ATTRIBUTE_UNSUPPORTED,
+            f"the VM of the file has the attributes {supported:#x}, and "
+            f"{call.attributes:#x} is asked for: use 0 or PRIVATE (8), with a "
+            "SW_PROTECTED VM",
+            attributes=call.attributes,
+        )
+    _require_not_empty(call.size)
+    if call.offset + call.size >= U64_LIMIT:
+        raise BadRequest(
+            Reason.RANGE_WRAPS,
+            f"offset {call.offset:#x} plus size {call.size:#x} wraps: shorten it",
+            offset=call.offset,
+            size=call.size,
+        )
+    _require_aligned(call.offset, call.size)
+    _require_inside(call.offset, call.size, i_size)
+    return PgRange.of_bytes(call.offset, call.size)
+
+
+def require_fallocate(
+    mode: int, offset: int, length: int, *, alignment: int = PAGE_SIZE
+) -> None:
     """Check fallocate(2) as vfs_fallocate() and then kvm_gmem_fallocate() do."""
     _require_not_negative(offset, length)
     _require_not_empty(length)
@@ -99,7 +140,7 @@ def require_fallocate(mode: int, offset: int, length: int) -> None:
             "KEEP_SIZE and PUNCH_HOLE (3)",
             mode=mode,
         )
-    _require_aligned(offset, length)
+    _require_aligned(offset, length, alignment)
 
 
 def require_source(offset: int, size: int) -> None:
@@ -135,12 +176,12 @@ def _require_not_empty(size: int) -> None:
         raise BadRequest(Reason.RANGE_EMPTY, "size is 0: give a range", size=0)
 
 
-def _require_aligned(offset: int, size: int) -> None:
+def _require_aligned(offset: int, size: int, alignment: int = PAGE_SIZE) -> None:
     for name, value in (("offset", offset), ("size", size)):
-        if value % PAGE_SIZE:
+        if value % alignment:
             raise BadRequest(
                 Reason.RANGE_UNALIGNED,
-                f"{name} {value:#x} is not a multiple of {PAGE_SIZE}: align it",
+                f"{name} {value:#x} is not a multiple of {alignment}: align it",
                 value=value,
             )
 

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from gmem.effects import Op
-from gmem.guest_memfd.core.checks import require_convert_ioctl
+from gmem.guest_memfd.core.checks import (
+    require_attributes_ioctl,
+    require_convert_ioctl,
+)
 from gmem.guest_memfd.core.conversion import ConvertItem, require_disjoint
+from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.inodes import ByteRange, Inodes
 from gmem.guest_memfd.core.lineage import Operation
 from gmem.guest_memfd.core.operations import locked
 from gmem.guest_memfd.core.references import References
+from gmem.guest_memfd.core.values import AttributesCall
 from gmem.guest_memfd.core.waiting import until_released
 from gmem.uapi.errors import Reason, Unsupported
-from gmem.uapi.flags import Faultability
+from gmem.uapi.flags import (
+    KVM_GMEM_CONVERT_PRIVATE,
+    KVM_GMEM_CONVERT_SHARED,
+    KVM_SET_MEMORY_ATTRIBUTES2,
+    Faultability,
+)
+
+CONVERT_IOCTL_OF: Final = {
+    Faultability.ALL: KVM_GMEM_CONVERT_SHARED,
+    Faultability.GUEST: KVM_GMEM_CONVERT_PRIVATE,
+}
 
 
 class ConvertCalls(Inodes):
@@ -70,18 +86,35 @@ class ConvertCalls(Inodes):
 
         Refusals as `convert`.
         """
-        inode = self.inode(number)
-        if not inode.rules.convert_ioctls:
-            raise Unsupported(
-                Reason.IOCTL_UNKNOWN,
-                f"a file of {inode.options.lineage} has no such ioctl: use "
-                "KVM_SET_MEMORY_ATTRIBUTES of its VM",
-                inode=number,
-            )
+        inode = self._with_ioctl(number, CONVERT_IOCTL_OF[to])
         pages = require_convert_ioctl(offset, size, error_offset, i_size=inode.i_size)
         if pages is not None:
             items = [ConvertItem(inode, pages)]
             yield from self._convert(items, to, validate_only=False)
+
+    def attributes_ioctl(self, number: int, call: AttributesCall) -> Op[None]:
+        """KVM_SET_MEMORY_ATTRIBUTES2; Unsupported (IOCTL_UNKNOWN) elsewhere.
+
+        Refusals as `convert`.
+        """
+        inode = self._with_ioctl(number, KVM_SET_MEMORY_ATTRIBUTES2)
+        private_memory = inode.options.private_memory
+        pages = require_attributes_ioctl(
+            call, i_size=inode.i_size, private_memory=private_memory
+        )
+        items = [ConvertItem(inode, pages)]
+        yield from self._convert(items, call.to, validate_only=False)
+
+    def _with_ioctl(self, number: int, request: int) -> Inode:
+        inode = self.inode(number)
+        if request not in inode.rules.convert_ioctls:
+            raise Unsupported(
+                Reason.IOCTL_UNKNOWN,
+                f"a file of {inode.options.lineage} has no ioctl {request:#x} on this "
+                "host: see docs/kernel-calls.md for what converts it",
+                inode=number,
+            )
+        return inode
 
     def _convert(
         self,

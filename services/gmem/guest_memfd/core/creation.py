@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from gmem.guest_memfd.core.inode import InodeOptions
@@ -75,17 +76,30 @@ class ByFlags:
         return options.support_shared
 
 
+@dataclass(frozen=True, slots=True)
 class ByMmapFlags:
-    """Mainline: MMAP and INIT_SHARED, each for itself; pages are private by default."""
+    """Mainline: MMAP and INIT_SHARED, each for itself; pages are private by default.
+
+    `huge_pages`: the branch that has them, which never begins shared with them.
+    """
+
+    huge_pages: bool = False
 
     def require(self, options: InodeOptions) -> None:
-        """There are no huge pages."""
+        """Refuse huge pages where there are none, and shared ones everywhere."""
         _refuse_others(options, known=("mmap", "init_shared"))
-        if options.page_size != PAGE_SIZE:
+        huge = options.page_size != PAGE_SIZE
+        if huge and self.huge_pages and options.init_shared:
+            raise BadRequest(
+                Reason.FLAG_COMBINATION,
+                "init_shared with huge pages: clear it, and convert what shall be "
+                "shared",
+            )
+        if huge and not self.huge_pages:
             raise BadRequest(
                 Reason.PAGE_SIZE_UNKNOWN,
                 f"{options.lineage} has pages of 4K only, and none of "
-                f"{options.page_size} bytes: use RFC_V1 or RFC_V2 for huge pages",
+                f"{options.page_size} bytes: use another lineage for huge pages",
                 page_size=options.page_size,
             )
 

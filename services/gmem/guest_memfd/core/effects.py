@@ -144,6 +144,13 @@ class QuiesceView(Effect[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class DrainLru(Effect[None]):
+    """Let references go that somebody holds for a moment (lru_add_drain_all())."""
+
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveInode(Effect[None]):
     """Serve the views of an inode no longer; they are closed and invalidated."""
 
@@ -387,6 +394,7 @@ REMOTE: Final = (
 BLOCKING: Final = (
     InvalidateView,
     QuiesceView,
+    DrainLru,
     RemoveInode,
     FindMappings,
     ReadDescriptor,

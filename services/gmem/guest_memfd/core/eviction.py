@@ -2,12 +2,14 @@
 
 At once: split folios are reconstructed and freed while the inode waits; nobody can hold
 one, because a page that is held keeps its inode alive. Page by page: what is split or
-held is left to the stash of the host (see `deferred`), and the inode goes.
+held is left to the stash of the host (see `deferred`), and the inode goes. The third
+way merges at once what it can, and leaves the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 from gmem.effects import Op, perform
@@ -17,6 +19,7 @@ from gmem.guest_memfd.core.folios import take_out, truncate
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.page_set import PageSet
 from gmem.guest_memfd.core.values import Hold
+from gmem.uapi.errors import OPERATION_ERRORS
 from gmem.uapi.pages import PgRange
 
 EvictPolicy: TypeAlias = Callable[[Inode, DeferredMerges], Op[None]]
@@ -46,10 +49,30 @@ def free_page_by_page(inode: Inode, deferred: DeferredMerges) -> Op[None]:
         yield from perform(ScheduleMerge(number))
 
 
-def _split_or_held(inode: Inode) -> list[int]:
+def merge_then_free_page_by_page(inode: Inode, deferred: DeferredMerges) -> Op[None]:
+    """Merge and free split folios that nobody holds; the rest page by page.
+
+    What cannot be merged now takes that way too.
+    """
+    held = _held(inode)
+    for index in inode.filemap.present(inode.whole) if inode.order else ():
+        entry, unit = inode.filemap.get(index), inode.unit_of(index)
+        assert entry is not None, index
+        if entry.split and not held.any_in(unit):
+            with suppress(*OPERATION_ERRORS):
+                yield from truncate(inode, unit, [])
+    yield from free_page_by_page(inode, deferred)
+
+
+def _held(inode: Inode) -> PageSet:
     held = PageSet(len(inode.whole))
     for pages in inode.references.held_pages():
         held.add(pages)
+    return held
+
+
+def _split_or_held(inode: Inode) -> list[int]:
+    held = _held(inode)
     found = []
     for index in inode.filemap.present(inode.whole):
         entry = inode.filemap.get(index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from gmem.effects import Op, perform
@@ -10,18 +10,19 @@ from gmem.guest_memfd.core import operations
 from gmem.guest_memfd.core.effects import ScheduleMerge
 from gmem.guest_memfd.core.inodes import ByteRange, Inodes
 from gmem.guest_memfd.core.leases import Leases, require_ttl
-from gmem.guest_memfd.core.lineage import Operation
+from gmem.guest_memfd.core.lineage import LineageRules, Operation
 from gmem.guest_memfd.core.operations import guarded
 from gmem.guest_memfd.core.references import no_such_hold
 from gmem.guest_memfd.core.values import Hold, HoldKind
 from gmem.uapi.errors import NoSuchObject
+from gmem.uapi.lineage import Lineage
 
 
 class HoldCalls(Inodes):
     """What can be called about holds on pages; part of `GuestMemfdCore`."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, rules: Mapping[Lineage, LineageRules]) -> None:
+        super().__init__(rules)
         self._leases = Leases()
 
     def pin(

@@ -36,7 +36,7 @@ class InodeOptions:
 
     `vm` alone may bind the file; empty: the first VM that binds it. `support_shared`
     and `init_private` are the 51-patch series' flags, `mmap` and `init_shared` those of
-    mainline.
+    mainline. `private_memory`: the VM is of a type that has it.
     """
 
     size: int
@@ -48,6 +48,7 @@ class InodeOptions:
     init_private: bool = False
     mmap: bool = False
     init_shared: bool = False
+    private_memory: bool = True
 
 
 class Inode:

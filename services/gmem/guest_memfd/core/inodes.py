@@ -12,11 +12,12 @@ from gmem.guest_memfd.core.checks import require_range
 from gmem.guest_memfd.core.deferred import DeferredMerges
 from gmem.guest_memfd.core.effects import Record
 from gmem.guest_memfd.core.inode import Inode
-from gmem.guest_memfd.core.lineage import Operation
+from gmem.guest_memfd.core.lineage import LineageRules, Operation
 from gmem.guest_memfd.core.operations import guarded
 from gmem.guest_memfd.core.restoring import restore_inodes
 from gmem.guest_memfd.core.values import InodeStatistics
 from gmem.uapi.errors import NoSuchObject, Reason
+from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PgRange
 
 
@@ -35,7 +36,8 @@ class Inodes:
     The base of what can be called: see `GuestMemfdCore`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Mapping[Lineage, LineageRules]) -> None:
+        self._rules = rules
         self._inodes: dict[int, Inode] = {}
         self._next_inode = 1
         self._next_hold = 1
@@ -96,7 +98,7 @@ class Inodes:
     def restore(self, rows: Mapping[str, Any], epoch: int) -> None:
         """Have the inodes of a predecessor; `epoch` keeps numbers of holds unique."""
         assert not self._inodes, "it is in use already"
-        self._inodes = restore_inodes(rows)
+        self._inodes = restore_inodes(rows, self._rules)
         self._next_inode = rows.get("next_inode", 1)
         self._next_hold = max(self._next_hold, epoch << 32)
 

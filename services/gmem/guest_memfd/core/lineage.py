@@ -6,13 +6,14 @@ No core compares lineages: an inode is given its row when it is created.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
 from gmem.effects import Mode
 from gmem.guest_memfd.core.conversion import ConvertPolicy, convert
 from gmem.guest_memfd.core.conversion_exact import convert_exactly
+from gmem.guest_memfd.core.conversion_in_place import convert_in_place
 from gmem.guest_memfd.core.conversion_none import refuse_conversion
 from gmem.guest_memfd.core.creation import (
     ByBind,
@@ -20,13 +21,23 @@ from gmem.guest_memfd.core.creation import (
     ByMmapFlags,
     CreationPolicy,
 )
-from gmem.guest_memfd.core.eviction import EvictPolicy, free_at_once, free_page_by_page
+from gmem.guest_memfd.core.eviction import (
+    EvictPolicy,
+    free_at_once,
+    free_page_by_page,
+    merge_then_free_page_by_page,
+)
 from gmem.guest_memfd.core.in_use import (
     FreeableTest,
     anything_is_freeable,
     require_unreferenced_if_split,
 )
 from gmem.guest_memfd.core.restructure import Eager, RestructurePolicy
+from gmem.uapi.flags import (
+    KVM_GMEM_CONVERT_PRIVATE,
+    KVM_GMEM_CONVERT_SHARED,
+    KVM_SET_MEMORY_ATTRIBUTES2,
+)
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SIZE
 
@@ -56,7 +67,8 @@ class LineageRules:
 
     `lock_modes` says how each operation takes the invalidate_lock (None: not at all);
     `bind_sets_faultability` whether a bind overwrites the range with the default of
-    the VM's type; `convert_ioctls` whether the file has ioctls that convert;
+    the VM's type; `convert_ioctls` which ioctls of the file convert;
+    `fallocates_folios` whether fallocate takes whole folios alone;
     `holds_keep_inode` whether a page that is held keeps its inode alive;
     `mempolicy_by_range` whether the file has memory policies of its own (mbind);
     `counts_base_pages` whether st_blocks counts pages of 4K, too. The others are
@@ -67,7 +79,8 @@ class LineageRules:
     creation: CreationPolicy
     bind_sets_faultability: bool
     convert: ConvertPolicy
-    convert_ioctls: bool
+    convert_ioctls: frozenset[int]
+    fallocates_folios: bool
     restructure: RestructurePolicy
     require_freeable: FreeableTest
     holds_keep_inode: bool
@@ -100,13 +113,31 @@ _RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
     Operation.SET_MEMPOLICY: None,
 }
 
+_RFC_V2_IOCTLS: Final = frozenset((KVM_GMEM_CONVERT_SHARED, KVM_GMEM_CONVERT_PRIVATE))
+_NO_IOCTLS: Final[frozenset[int]] = frozenset()
+
+_IN_PLACE: Final = LineageRules(
+    lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
+    creation=ByMmapFlags(huge_pages=True),
+    bind_sets_faultability=False,
+    convert=convert_in_place,
+    convert_ioctls=frozenset((KVM_SET_MEMORY_ATTRIBUTES2,)),
+    fallocates_folios=True,
+    restructure=Eager(rounds_out=True, keeps_content=True),
+    require_freeable=require_unreferenced_if_split,
+    holds_keep_inode=False,
+    evict_folios=merge_then_free_page_by_page,
+    mempolicy_by_range=True,
+)
+
 RULES: Final[Mapping[Lineage, LineageRules]] = {
     Lineage.RFC_V1: LineageRules(
         lock_modes=_RFC_V1_MODES,
         creation=ByBind(),
         bind_sets_faultability=True,
         convert=convert,
-        convert_ioctls=False,
+        convert_ioctls=_NO_IOCTLS,
+        fallocates_folios=False,
         restructure=Eager(rounds_out=False, keeps_content=False),
         require_freeable=anything_is_freeable,
         holds_keep_inode=True,
@@ -118,7 +149,8 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         creation=ByFlags(),
         bind_sets_faultability=False,
         convert=convert_exactly,
-        convert_ioctls=True,
+        convert_ioctls=_RFC_V2_IOCTLS,
+        fallocates_folios=False,
         restructure=Eager(rounds_out=True, keeps_content=True),
         require_freeable=require_unreferenced_if_split,
         holds_keep_inode=False,
@@ -126,12 +158,14 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         mempolicy_by_range=False,
         counts_base_pages=False,
     ),
+    Lineage.IN_PLACE: _IN_PLACE,
     Lineage.MAINLINE: LineageRules(
         lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
         creation=ByMmapFlags(),
         bind_sets_faultability=False,
         convert=refuse_conversion,
-        convert_ioctls=False,
+        convert_ioctls=_NO_IOCTLS,
+        fallocates_folios=False,
         restructure=Eager(rounds_out=True, keeps_content=True),
         require_freeable=anything_is_freeable,
         holds_keep_inode=False,
@@ -140,3 +174,17 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         counts_base_pages=False,
     ),
 }
+
+_CONVERSION_OFF: Final[Mapping[Lineage, LineageRules]] = {
+    **RULES,
+    Lineage.IN_PLACE: replace(
+        _IN_PLACE,
+        convert=refuse_conversion,
+        convert_ioctls=_NO_IOCTLS,
+    ),
+}
+
+
+def rules_of(*, in_place_conversion: bool) -> Mapping[Lineage, LineageRules]:
+    """Return the rules of a host by its module parameter gmem_in_place_conversion."""
+    return RULES if in_place_conversion else _CONVERSION_OFF

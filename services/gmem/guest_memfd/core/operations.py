@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from gmem.effects import Acquire, Mode, Op, Release, T, Ticket, holding, perform
+from gmem.guest_memfd.core.bindings import Bound
 from gmem.guest_memfd.core.deferred import DeferredMerges
 from gmem.guest_memfd.core.effects import (
     CountNodes,
@@ -172,6 +173,8 @@ def get_pfn(
         pgoff = bound.binding.pgoff_of(gfn)
         if meant not in (None, inode.faultability[pgoff]):
             return WrongAccess()
+        if _is_elsewhere(inode, pgoff):
+            return _reach_shared(inode, bound, pgoff, nr_pages)
         entry = yield from get_folio(inode, pgoff)
         yield from _prepare(inode, pgoff)
 
@@ -184,14 +187,36 @@ def get_pfn(
     pfn = Pfn(entry.folio.pfn + pgoff - unit.start)
     order = 0 if entry.split else inode.order
     if inode.faultability[pgoff] is Faultability.ALL:
-        wanted = PgRange(pgoff, pgoff + nr_pages).intersection(bound.binding.pages)
-        reach = inode.faultability.runs_of(wanted, Faultability.ALL)[0]
-        bound.handed_out.add(reach)
-        return GuestPage(pfn, order, shared=True, nr_pages=len(reach))
+        return _reach_shared(inode, bound, pgoff, nr_pages, pfn=pfn, order=order)
     page = PgRange(pgoff, pgoff + 1)
     reach = page if entry.split else unit.intersection(bound.binding.pages)
     bound.handed_out.add(reach)
     return GuestPage(pfn, order)
+
+
+def _is_elsewhere(inode: Inode, pgoff: int) -> bool:
+    """Tell whether a page is shared, and shared memory is the userspace side's.
+
+    The in-place conversion of a file without MMAP: it only says what is private.
+    """
+    shared = inode.faultability[pgoff] is Faultability.ALL
+    return shared and bool(inode.rules.convert_ioctls) and not inode.serves_shared
+
+
+def _reach_shared(
+    inode: Inode,
+    bound: Bound,
+    pgoff: int,
+    nr_pages: int,
+    *,
+    pfn: int = 0,
+    order: int = 0,
+) -> GuestPage:
+    """Hand out the shared pages from `pgoff` on, as far as they are wanted."""
+    wanted = PgRange(pgoff, pgoff + nr_pages).intersection(bound.binding.pages)
+    reach = inode.faultability.runs_of(wanted, Faultability.ALL)[0]
+    bound.handed_out.add(reach)
+    return GuestPage(Pfn(pfn), order, shared=True, nr_pages=len(reach))
 
 
 def bind(inode: Inode, binding: Binding, userspace: UserspaceSide | None) -> Op[None]:

@@ -7,6 +7,8 @@ drives it holds one mutex while it steps, never across an effect.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gmem.effects import Mode, Op, holding, perform
 from gmem.guest_memfd.core import operations
 from gmem.guest_memfd.core.byte_calls import ByteCalls
@@ -23,7 +25,7 @@ from gmem.guest_memfd.core.exposure import show
 from gmem.guest_memfd.core.hold_calls import HoldCalls
 from gmem.guest_memfd.core.inode import Inode, InodeOptions
 from gmem.guest_memfd.core.inodes import ByteRange, nothing
-from gmem.guest_memfd.core.lineage import RULES, Operation
+from gmem.guest_memfd.core.lineage import RULES, LineageRules, Operation
 from gmem.guest_memfd.core.operations import guarded
 from gmem.guest_memfd.core.rows import inode_changes, record
 from gmem.guest_memfd.core.values import (
@@ -42,14 +44,22 @@ from gmem.uapi.errors import (
     Unsupported,
 )
 from gmem.uapi.flags import FALLOC_FL_PUNCH_HOLE, Faultability
-from gmem.uapi.pages import Gfn, PgOff, PgRange
+from gmem.uapi.lineage import Lineage
+from gmem.uapi.pages import PAGE_SIZE, Gfn, PgOff, PgRange
 
 
 class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
-    """All inodes; `owner` is what reservations are called after."""
+    """All inodes; `owner` is what reservations are called after.
 
-    def __init__(self, owner: str = "guest_memfd") -> None:
-        super().__init__()
+    `rules` are those of the host that is emulated: see `lineage.rules_of`.
+    """
+
+    def __init__(
+        self,
+        owner: str = "guest_memfd",
+        rules: Mapping[Lineage, LineageRules] = RULES,
+    ) -> None:
+        super().__init__(rules)
         self._owner = owner
 
     # Life.
@@ -60,7 +70,7 @@ class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
         BadRequest: FLAG_UNKNOWN, FLAG_COMBINATION, SIZE_INVALID, PAGE_SIZE_UNKNOWN.
         Exhausted: POOL_EMPTY.
         """
-        rules = RULES[options.lineage]
+        rules = self._rules[options.lineage]
         rules.creation.require(options)
         require_creatable(options.size, options.page_size)
         number = self._next_inode
@@ -144,7 +154,8 @@ class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
     def fallocate(self, number: int, mode: int, offset: int, length: int) -> Op[None]:
         """Allocate, or punch a hole (fallocate(2)); errors in the kernel's order."""
         inode = self.inode(number)
-        require_fallocate(mode, offset, length)
+        unit = inode.page_size if inode.rules.fallocates_folios else PAGE_SIZE
+        require_fallocate(mode, offset, length, alignment=unit)
         if mode & FALLOC_FL_PUNCH_HOLE:
             pages = PgRange.of_bytes(offset, length).intersection(inode.whole)
             body = operations.punch_hole(inode, pages)
@@ -211,7 +222,7 @@ class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
             raise Unsupported(
                 Reason.OPERATION_UNSUPPORTED,
                 f"a file of {inode.options.lineage} has one memory policy, that of "
-                "CreateGuestMemfd: give it there, or use MAINLINE",
+                "CreateGuestMemfd: give it there, or use MAINLINE or IN_PLACE",
                 inode=inode.number,
             )
         return inode, pages

@@ -17,7 +17,7 @@ from typing import Any
 from gmem.effects import Op, perform
 from gmem.guest_memfd.core.effects import FOLIO_BATCH_MAX, Free, Reconstruct
 from gmem.guest_memfd.core.inode import Inode, InodeOptions
-from gmem.guest_memfd.core.lineage import RULES
+from gmem.guest_memfd.core.lineage import LineageRules
 from gmem.guest_memfd.core.references import Orphan
 from gmem.guest_memfd.core.rows import inode_changes
 from gmem.guest_memfd.core.values import (
@@ -105,7 +105,9 @@ def give_back(handle: int, folios: Sequence[LiveFolio]) -> Op[None]:
         yield from perform(Free(handle, tuple(whole[at : at + FOLIO_BATCH_MAX])))
 
 
-def restore_inodes(rows: Mapping[str, Any]) -> dict[int, Inode]:
+def restore_inodes(
+    rows: Mapping[str, Any], table: Mapping[Lineage, LineageRules]
+) -> dict[int, Inode]:
     """Make the inodes whose changes, one after the other, left `rows`; by number."""
     parts: dict[int, dict[str, Any]] = {}
     for key, row in rows.items():
@@ -114,10 +116,12 @@ def restore_inodes(rows: Mapping[str, Any]) -> dict[int, Inode]:
             parts.setdefault(int(number), {})[rest] = row
     # Folios of an inode whose head was never told are of a creation that was cut off.
     whole = {n: part for n, part in parts.items() if "head" in part}
-    return {number: _restore(number, whole[number]) for number in sorted(whole)}
+    return {number: _restore(number, whole[number], table) for number in sorted(whole)}
 
 
-def _restore(number: int, rows: Mapping[str, Any]) -> Inode:
+def _restore(
+    number: int, rows: Mapping[str, Any], table: Mapping[Lineage, LineageRules]
+) -> Inode:
     head = rows["head"]
     mode, nodes = head["mempolicy"]
     lineage = Lineage(head["lineage"])
@@ -131,8 +135,9 @@ def _restore(number: int, rows: Mapping[str, Any]) -> Inode:
         init_private=head["init_private"],
         mmap=head["mmap"],
         init_shared=head["init_shared"],
+        private_memory=head["private_memory"],
     )
-    inode = Inode(number, options, head["handle"], RULES[lineage])
+    inode = Inode(number, options, head["handle"], table[lineage])
     inode.vm, inode.file_open = head["vm"], head["file_open"]
     inode.rollback_warnings = head["rollback_warnings"]
     for vm, slot, gfn, start, stop, faultable, target in rows.get("bindings", ()):

@@ -92,6 +92,7 @@ def _head(inode: Inode) -> Changes:
         "init_private": options.init_private,
         "mmap": options.mmap,
         "init_shared": options.init_shared,
+        "private_memory": options.private_memory,
         "handle": inode.handle,
         "vm": inode.vm,
         "file_open": inode.file_open,

@@ -11,7 +11,7 @@ from enum import Enum, IntEnum
 from typing import TypeAlias
 
 from gmem.uapi.errors import Reason
-from gmem.uapi.flags import Faultability
+from gmem.uapi.flags import KVM_MEMORY_ATTRIBUTE_PRIVATE, Faultability
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import Gfn, NodeId, Pfn, PgOff, PgRange
 
@@ -130,6 +130,24 @@ class Binding:
     def gfns(self) -> PgRange:
         """The guest frames of the memslot."""
         return PgRange(self.base_gfn, self.base_gfn + len(self.pages))
+
+
+@dataclass(frozen=True, slots=True)
+class AttributesCall:
+    """struct kvm_memory_attributes2 as KVM_SET_MEMORY_ATTRIBUTES2 brings it."""
+
+    offset: int
+    size: int
+    attributes: int
+    flags: int = 0
+    error_offset: int = 0
+    reserved: tuple[int, ...] = (0,) * 11
+
+    @property
+    def to(self) -> Faultability:
+        """What the pages are to become, if the attributes are any."""
+        private = self.attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE
+        return Faultability.GUEST if private else Faultability.ALL
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ alone a size that is no multiple is rounded up.
 Mainline has MMAP and INIT_SHARED, no huge pages, and says by a capability which of them
 a type of VM may use.
 
+The in-place conversion adds huge pages to mainline's flags, and their order is a field
+beside the flag word.
+
 R51 has the flag and the bits elsewhere, two flags for sharing, and rounds nothing: the
 size is checked against PAGE_SIZE by itself, against the huge page by the allocator.
 """
@@ -26,13 +29,14 @@ from gmem.uapi.flags import (
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_MASK,
     GUESTMEM_HUGE_SHIFT,
+    IN_PLACE_HUGE_PAGES,
     KVM_GUEST_MEMFD_HUGE_MASK,
     KVM_GUEST_MEMFD_HUGE_SHIFT,
     RFC_V1_HUGE_PAGES,
     RFC_V2_HUGE_PAGES,
 )
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import HUGE_PAGE_SIZES, PAGE_SIZE, SIZE_2M
+from gmem.uapi.pages import HUGE_PAGE_SIZES, PAGE_SIZE, SIZE_2M, order_of
 from gmem.vmm.core.effects import CreateFile
 from gmem.vmm.core.vm import Vm
 
@@ -42,6 +46,9 @@ _RFC_V2_SIZE_BITS: Final = GUESTMEM_HUGE_MASK << GUESTMEM_HUGE_SHIFT
 _PAGE_SIZE_OF_LOG: Final = {0: DEFAULT_HUGE_PAGE_SIZE} | {
     size.bit_length() - 1: size for size in HUGE_PAGE_SIZES
 }
+
+
+_PAGE_SIZE_OF_ORDER: Final = {order_of(size): size for size in HUGE_PAGE_SIZES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +63,12 @@ class FileShape:
     init_shared: bool = False
 
 
-def rfc_v1_shape(vm: Vm, size: int, flags: int) -> FileShape:
+def rfc_v1_shape(vm: Vm, size: int, flags: int, page_order: int = 0) -> FileShape:
     """Decode the flag word of the 39-patch series.
 
     Raises BadRequest: FLAG_UNKNOWN, FLAG_COMBINATION, PAGE_SIZE_UNKNOWN, SIZE_INVALID.
     """
-    del vm
+    _require_no_order(vm, page_order)
     _require_known(flags, RFC_V1_HUGE_PAGES | _SIZE_BITS)
     log = (flags >> KVM_GUEST_MEMFD_HUGE_SHIFT) & KVM_GUEST_MEMFD_HUGE_MASK
     if not flags & RFC_V1_HUGE_PAGES:
@@ -73,9 +80,9 @@ def rfc_v1_shape(vm: Vm, size: int, flags: int) -> FileShape:
     return _shape(size, page_size)
 
 
-def rfc_v2_shape(vm: Vm, size: int, flags: int) -> FileShape:
+def rfc_v2_shape(vm: Vm, size: int, flags: int, page_order: int = 0) -> FileShape:
     """Decode the flag word of the 51-patch series; refusals as rfc_v1_shape()."""
-    del vm
+    _require_no_order(vm, page_order)
     known = GUEST_MEMFD_FLAG_SUPPORT_SHARED | GUEST_MEMFD_FLAG_INIT_PRIVATE
     _require_known(flags, known | RFC_V2_HUGE_PAGES | _RFC_V2_SIZE_BITS)
     support_shared = bool(flags & GUEST_MEMFD_FLAG_SUPPORT_SHARED)
@@ -95,8 +102,39 @@ def rfc_v2_shape(vm: Vm, size: int, flags: int) -> FileShape:
     return replace(shape, support_shared=support_shared, init_private=init_private)
 
 
-def mainline_shape(vm: Vm, size: int, flags: int) -> FileShape:
-    """Decode the flag word of mainline. Raises FLAG_UNKNOWN, SIZE_INVALID."""
+def mainline_shape(vm: Vm, size: int, flags: int, page_order: int = 0) -> FileShape:
+    """Decode the flag word of mainline; refusals as rfc_v1_shape()."""
+    _require_no_order(vm, page_order)
+    return _mmap_shape(vm, size, flags, PAGE_SIZE)
+
+
+def in_place_shape(vm: Vm, size: int, flags: int, page_order: int = 0) -> FileShape:
+    """Decode flags and page_order of the in-place conversion; refusals likewise."""
+    if not flags & IN_PLACE_HUGE_PAGES:
+        if page_order:
+            raise BadRequest(
+                Reason.FLAG_COMBINATION,
+                f"page_order {page_order} needs flag {IN_PLACE_HUGE_PAGES:#x}: set "
+                "both, or neither",
+                page_order=page_order,
+            )
+        return _mmap_shape(vm, size, flags, PAGE_SIZE)
+    if flags & GUEST_MEMFD_FLAG_INIT_SHARED:
+        raise BadRequest(
+            Reason.FLAG_COMBINATION,
+            f"flag {IN_PLACE_HUGE_PAGES:#x} (huge pages) with INIT_SHARED "
+            f"({GUEST_MEMFD_FLAG_INIT_SHARED:#x}): clear one",
+        )
+    if page_order not in _PAGE_SIZE_OF_ORDER:
+        raise BadRequest(
+            Reason.PAGE_SIZE_UNKNOWN,
+            f"no huge pages of order {page_order} here: use 9 (2M) or 18 (1G)",
+            page_order=page_order,
+        )
+    return _mmap_shape(vm, size, flags, _PAGE_SIZE_OF_ORDER[page_order])
+
+
+def _mmap_shape(vm: Vm, size: int, flags: int, page_size: int) -> FileShape:
     supported = vm.guest_memfd_flags
     if flags & ~supported & GUEST_MEMFD_FLAG_INIT_SHARED:
         raise BadRequest(
@@ -106,7 +144,7 @@ def mainline_shape(vm: Vm, size: int, flags: int) -> FileShape:
             "VM",
         )
     _require_known(flags, supported)
-    shape = _shape(size, PAGE_SIZE)
+    shape = _shape(size, page_size)
     return replace(
         shape,
         mmap=bool(flags & GUEST_MEMFD_FLAG_MMAP),
@@ -114,19 +152,20 @@ def mainline_shape(vm: Vm, size: int, flags: int) -> FileShape:
     )
 
 
-SHAPE_OF: Final[dict[Lineage, Callable[[Vm, int, int], FileShape]]] = {
+SHAPE_OF: Final[dict[Lineage, Callable[[Vm, int, int, int], FileShape]]] = {
     Lineage.RFC_V1: rfc_v1_shape,
     Lineage.RFC_V2: rfc_v2_shape,
+    Lineage.IN_PLACE: in_place_shape,
     Lineage.MAINLINE: mainline_shape,
 }
 
 
-def create_guest_memfd(vm: Vm, size: int, flags: int) -> Op[str]:
+def create_guest_memfd(vm: Vm, size: int, flags: int, page_order: int = 0) -> Op[str]:
     """Make a guest_memfd for `vm`; return its name.
 
     Raises what the decoder of the lineage does, and POOL_EMPTY and its kin.
     """
-    shape = SHAPE_OF[vm.lineage](vm, size, flags)
+    shape = SHAPE_OF[vm.lineage](vm, size, flags, page_order)
     effect = CreateFile(
         vm.name,
         shape.size,
@@ -136,8 +175,19 @@ def create_guest_memfd(vm: Vm, size: int, flags: int) -> Op[str]:
         init_private=shape.init_private,
         mmap=shape.mmap,
         init_shared=shape.init_shared,
+        private_memory=vm.traits.private_memory,
     )
     return (yield from perform(effect))
+
+
+def _require_no_order(vm: Vm, page_order: int) -> None:
+    if page_order:
+        raise BadRequest(
+            Reason.FLAG_COMBINATION,
+            f"{vm.lineage} has no field page_order, and not {page_order} in it: say "
+            "the page size as its flags do",
+            page_order=page_order,
+        )
 
 
 def _require_known(flags: int, known: int) -> None:

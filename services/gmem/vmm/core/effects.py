@@ -45,6 +45,7 @@ class CreateFile(Effect[str]):
     init_private: bool = False
     mmap: bool = False
     init_shared: bool = False
+    private_memory: bool = True
 
 
 @dataclass(frozen=True, slots=True)

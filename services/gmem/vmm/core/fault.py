@@ -127,6 +127,10 @@ def _from_file(
     if not frame.shared:
         kind = attribute is not False
         return _install_private(vm, slot, gfn, frame, private=kind)
+    if slot.userspace_window is None:
+        # Shared memory is the userspace side's, and there is none.
+        reason = Reason.PAGE_UNREADABLE
+        return MemoryFault.of_page(gfn, private=False, reason=reason)
     gfns = PgRange(gfn, gfn + frame.npages).intersection(slot.gfns)
     if vm.invalidation.must_retry(seq, gfns):
         gfns = PgRange(gfn, gfn + 1)

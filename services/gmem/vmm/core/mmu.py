@@ -171,6 +171,7 @@ LPAGE_RULES: Final[dict[Lineage, tuple[LpageRule, ...]]] = {
         file_agrees,
         attributes_agree_where_they_count,
     ),
+    Lineage.IN_PLACE: (inside_slot, userspace_agrees, file_agrees, attributes_agree),
     # Its folios are of order 0, and max_order is forced to that.
     Lineage.MAINLINE: (inside_slot, userspace_agrees, attributes_agree),
 }

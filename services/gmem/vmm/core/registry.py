@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 from gmem.effects import Mode, Op, holding, perform
@@ -16,6 +17,7 @@ from gmem.uapi.errors import (
 from gmem.uapi.flags import VmType
 from gmem.uapi.lineage import Lineage
 from gmem.vmm.core.effects import EndGuest, StartGuest
+from gmem.vmm.core.lineage import VM_RULES, VmRules
 from gmem.vmm.core.set_region import delete_memslot
 from gmem.vmm.core.vm import Vm
 
@@ -27,8 +29,9 @@ VM_ID: Final = re.compile(r"[a-z0-9-]{1,63}")
 class VmRegistry:
     """The VMs of one vmm process on host `host`."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, rules: Mapping[Lineage, VmRules] = VM_RULES) -> None:
         self._host = host
+        self.rules = rules
         self._vms: dict[str, Vm] = {}
         # Names that are taken by a VM whose guest process is still starting.
         self._starting: set[str] = set()
@@ -63,7 +66,7 @@ class VmRegistry:
         (LIMIT_REACHED), InUse (GUEST_GONE) where the guest process does not start.
         """
         name = self._require_new(vm_id)
-        vm = Vm(name, vm_type, lineage)
+        vm = Vm(name, vm_type, lineage, table=self.rules)
 
         self._starting.add(name)
         try:

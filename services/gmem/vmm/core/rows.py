@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from gmem.uapi.flags import MemoryAttribute, VmType
 from gmem.uapi.lineage import Lineage
+from gmem.vmm.core.lineage import VmRules
 from gmem.vmm.core.memslots import Memslot, Region, Userspace
 from gmem.vmm.core.registry import VmRegistry
 from gmem.vmm.core.vcpu import Vcpu
@@ -66,20 +67,21 @@ def restore(registry: VmRegistry, rows: Mapping[str, Any]) -> None:
             _, name, rest = key.split("/", 2)
             parts.setdefault(name, {})[rest] = row
     for _, part in sorted(parts.items()):
-        registry.adopt(_restore(part))
+        registry.adopt(_restore(part, registry.rules))
 
 
-def _restore(rows: Mapping[str, Any]) -> Vm:
+def _restore(rows: Mapping[str, Any], table: Mapping[Lineage, VmRules]) -> Vm:
     head = rows["head"]
-    vm = Vm(head["name"], VmType(head["type"]), Lineage(head["lineage"]))
+    kind, lineage = VmType(head["type"]), Lineage(head["lineage"])
+    vm = Vm(head["name"], kind, lineage, table=table)
     vm.guest_pid = head["guest_pid"]
     vm.vcpus = {number: Vcpu(number) for number in head["vcpus"]}
     attributes: dict[int, MemoryAttribute] = {}
     for key, row in rows.items():
-        kind, _, rest = key.partition("/")
-        if kind == "slot":
+        what, _, rest = key.partition("/")
+        if what == "slot":
             vm.memslots.put(_slot_of(int(rest), row))
-        elif kind == "attr":
+        elif what == "attr":
             attributes[int(rest)] = MemoryAttribute(row)
     vm.attributes.reset(attributes)
     return vm

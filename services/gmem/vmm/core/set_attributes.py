@@ -93,11 +93,15 @@ def convert_memory(vm: Vm, address: int, size: int, *, private: bool) -> Op[None
 def require_supported(vm: Vm, attributes: int) -> MemoryAttribute:
     """Return `attributes` if the VM has them. Raises ATTRIBUTE_UNSUPPORTED."""
     # int: the complement of a flag type has only the bits that the type knows.
-    if attributes & ~int(vm.traits.attributes):
+    supported = int(vm.attributes_supported)
+    if attributes & ~supported:
+        way_out = "use a SW_PROTECTED VM for private memory"
+        if not vm.rules.vm_attributes:
+            way_out = "convert its files (KVM_SET_MEMORY_ATTRIBUTES2, ConvertRange)"
         raise BadRequest(
             Reason.ATTRIBUTE_UNSUPPORTED,
-            f"a {vm.type.name} VM has the attributes {int(vm.traits.attributes):#x}, "
-            f"not {attributes:#x}: use a SW_PROTECTED VM for private memory",
+            f"a {vm.type.name} VM of {vm.lineage} has the attributes {supported:#x}, "
+            f"not {attributes:#x}: {way_out}",
             attributes=attributes,
         )
     return MemoryAttribute(attributes)

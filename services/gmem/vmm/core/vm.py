@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -79,6 +80,8 @@ class Vm:
     stage2: Stage2 = field(default_factory=Stage2)
     invalidation: Invalidation = field(default_factory=Invalidation)
     vcpus: dict[int, Vcpu] = field(default_factory=dict)
+    table: Mapping[Lineage, VmRules] = field(default_factory=lambda: VM_RULES)
+    """The rules of the host that is emulated: see `lineage.vm_rules_of`."""
     slots_lock: Lock = field(init=False)
     _windows: int = 0
     _changes: int = 0
@@ -94,7 +97,7 @@ class Vm:
     @property
     def rules(self) -> VmRules:
         """What follows from its lineage."""
-        return VM_RULES[self.lineage]
+        return self.table[self.lineage]
 
     @property
     def guest_memfd_flags(self) -> int:
@@ -102,12 +105,22 @@ class Vm:
         return (self.rules.flags_capability or {}).get(self.type, 0)
 
     @property
+    def attributes_supported(self) -> MemoryAttribute:
+        """What the VM's own ioctl may set (kvm_supported_mem_attributes)."""
+        return (
+            self.traits.attributes if self.rules.vm_attributes else MemoryAttribute(0)
+        )
+
+    @property
     def extensions(self) -> dict[Capability, int]:
         """What KVM_CHECK_EXTENSION answers on this VM and perhaps not on others."""
         answers = {
-            Capability.MEMORY_ATTRIBUTES: int(self.traits.attributes),
+            Capability.MEMORY_ATTRIBUTES: int(self.attributes_supported),
             Capability.GUEST_MEMFD: int(self.has_gmem),
         }
+        if not self.rules.vm_attributes:
+            of_files = int(self.traits.attributes)
+            answers[Capability.GUEST_MEMFD_MEMORY_ATTRIBUTES] = of_files
         if self.rules.flags_capability is not None:
             answers[Capability.GUEST_MEMFD_FLAGS] = self.guest_memfd_flags
         return answers
@@ -119,7 +132,8 @@ class Vm:
 
     def file_says(self, slot: Memslot) -> bool:
         """Tell whether a memslot's file says what is private, not the attributes."""
-        return slot.gmem_only and self.type in self.rules.files_say_private
+        asks = slot.gmem_only or (slot.has_gmem and self.rules.every_file_says)
+        return asks and self.type in self.rules.files_say_private
 
     def invalidate_begin(self, key: Key, gfns: PgRange) -> Notice:
         """Open a bracket and zap (kvm_gmem_invalidate_begin); never waits."""

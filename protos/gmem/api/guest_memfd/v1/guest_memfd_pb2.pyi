@@ -321,6 +321,7 @@ class CreateGuestMemfdRequest(_message.Message):
     INIT_PRIVATE_FIELD_NUMBER: _builtins.int
     MMAP_FIELD_NUMBER: _builtins.int
     INIT_SHARED_FIELD_NUMBER: _builtins.int
+    NO_PRIVATE_MEMORY_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     page_size: _builtins.int
     """Bytes per folio: 4096, 2M or 1G; 0 means 4096."""
@@ -333,9 +334,13 @@ class CreateGuestMemfdRequest(_message.Message):
     init_private: _builtins.bool
     """RFC_V2: GUEST_MEMFD_FLAG_INIT_PRIVATE."""
     mmap: _builtins.bool
-    """MAINLINE: GUEST_MEMFD_FLAG_MMAP. Without it mmap is ENODEV."""
+    """MAINLINE and IN_PLACE: GUEST_MEMFD_FLAG_MMAP. Without it mmap is ENODEV."""
     init_shared: _builtins.bool
-    """MAINLINE: GUEST_MEMFD_FLAG_INIT_SHARED: the host may fault every page; else none."""
+    """MAINLINE and IN_PLACE: GUEST_MEMFD_FLAG_INIT_SHARED: the host may fault every page
+    at first; else none.
+    """
+    no_private_memory: _builtins.bool
+    """The type of the VM has no private memory: IN_PLACE converts no file of it."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId: ...
     @_builtins.property
@@ -353,10 +358,11 @@ class CreateGuestMemfdRequest(_message.Message):
         init_private: _builtins.bool = ...,
         mmap: _builtins.bool = ...,
         init_shared: _builtins.bool = ...,
+        no_private_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy", "request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_private", b"init_private", "init_shared", b"init_shared", "lineage", b"lineage", "mempolicy", b"mempolicy", "mmap", b"mmap", "page_size", b"page_size", "request_id", b"request_id", "size", b"size", "support_shared", b"support_shared", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_private", b"init_private", "init_shared", b"init_shared", "lineage", b"lineage", "mempolicy", b"mempolicy", "mmap", b"mmap", "no_private_memory", b"no_private_memory", "page_size", b"page_size", "request_id", b"request_id", "size", b"size", "support_shared", b"support_shared", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

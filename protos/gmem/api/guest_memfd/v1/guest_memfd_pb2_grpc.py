@@ -169,6 +169,7 @@ class GuestMemfdServiceServicer:
         | mempolicy has an unknown mode | MEMPOLICY_INVALID | INVALID_ARGUMENT | use one of MemPolicy.Mode |
         | a flag that the lineage does not know | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
         | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
+        | init_shared with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
         | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -220,7 +221,7 @@ class GuestMemfdServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | mode without KEEP_SIZE, or with other bits | MODE_UNSUPPORTED | UNIMPLEMENTED | use 1 or 3 |
-        | offset or length no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
+        | offset or length no multiple of 4096, in IN_PLACE of the page size | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
         | length is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a length |
         | offset or length negative | RANGE_NEGATIVE | INVALID_ARGUMENT | give bytes from 0 on |
         | offset plus length beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
@@ -240,7 +241,7 @@ class GuestMemfdServiceServicer:
     def SetMempolicy(self, request, context):
         """Gives a range a memory policy, for folios that are allocated from then on
         (mbind(2) on the file); those that are there stay. MODE_DEFAULT takes it away. The
-        policy of a page comes before that of CreateGuestMemfd. MAINLINE.
+        policy of a page comes before that of CreateGuestMemfd. MAINLINE and IN_PLACE.
 
         | condition | reason | status | recovery |
         |---|---|---|---|
@@ -335,7 +336,9 @@ class GuestMemfdServiceServicer:
         through the VM; on failure the opposite value is written over the whole of all
         ranges. RFC_V2: as the ioctls KVM_GMEM_CONVERT_SHARED and _PRIVATE on the host
         view; the host's mappings go by themselves, contents stay, and a failure changes
-        nothing.
+        nothing. IN_PLACE: each range as by KVM_SET_MEMORY_ATTRIBUTES2: likewise for files of
+        4K pages; in others each huge page is for itself, and what lies before a failure
+        (error_offset, inode) stays converted.
 
         With wait_ms it waits for whoever has pages mapped or pinned, holding no lock, and
         begins again with every check; giving up changes nothing. No series does that: it is
@@ -352,7 +355,8 @@ class GuestMemfdServiceServicer:
         | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
         | size is 0, or no range is given | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
-        | the lineage converts no file in place (MAINLINE) | IOCTL_UNKNOWN | UNIMPLEMENTED | set the attributes of the VM |
+        | the lineage converts no file in place (MAINLINE), or the host was booted without (IN_PLACE) | IOCTL_UNKNOWN | UNIMPLEMENTED | set the attributes of the VM |
+        | the VM has no private memory (IN_PLACE) | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | use a SW_PROTECTED VM |
         | two ranges of one inode overlap | ARGUMENT_INVALID | INVALID_ARGUMENT | give each page once |
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |

@@ -465,9 +465,12 @@ class CreateGuestMemfdRequest(_message.Message):
     VM_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
+    PAGE_ORDER_FIELD_NUMBER: _builtins.int
     vm: _builtins.str
     size: _builtins.int
     flags: _builtins.int
+    page_order: _builtins.int
+    """IN_PLACE, with GUEST_MEMFD_FLAG_HUGETLB: log2 of the pages of 4K in a huge page."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId: ...
     def __init__(
@@ -477,10 +480,11 @@ class CreateGuestMemfdRequest(_message.Message):
         vm: _builtins.str = ...,
         size: _builtins.int = ...,
         flags: _builtins.int = ...,
+        page_order: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flags", b"flags", "request_id", b"request_id", "size", b"size", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flags", b"flags", "page_order", b"page_order", "request_id", b"request_id", "size", b"size", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

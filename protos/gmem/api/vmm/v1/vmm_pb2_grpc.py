@@ -186,14 +186,16 @@ class VmmServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateGuestMemfd(self, request, context):
-        """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage.
+        """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage, in IN_PLACE with
+        page_order beside it.
 
         | condition | reason | status | recovery |
         |---|---|---|---|
         | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
         | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
-        | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
-        | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+        | page size bits, or page_order, without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
+        | INIT_SHARED with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
+        | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
         | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
@@ -241,6 +243,7 @@ class VmmServiceServicer:
         |---|---|---|---|
         | flags not 0 | FLAG_UNKNOWN | INVALID_ARGUMENT | send 0 |
         | attributes other than 0 and PRIVATE, or unsupported by the VM | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | use a SW_PROTECTED VM |
+        | PRIVATE in IN_PLACE, where files have it | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | convert the file |
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | gpa plus size wraps | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
         | gpa or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |

@@ -72,14 +72,16 @@ class VmmServiceStub:
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
     CreateGuestMemfd: _grpc.UnaryUnaryMultiCallable[_vmm_pb2.CreateGuestMemfdRequest, _vmm_pb2.CreateGuestMemfdResponse]
-    """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage.
+    """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage, in IN_PLACE with
+    page_order beside it.
 
     | condition | reason | status | recovery |
     |---|---|---|---|
     | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
     | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
-    | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
-    | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+    | page size bits, or page_order, without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
+    | INIT_SHARED with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
+    | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
     | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
@@ -119,6 +121,7 @@ class VmmServiceStub:
     |---|---|---|---|
     | flags not 0 | FLAG_UNKNOWN | INVALID_ARGUMENT | send 0 |
     | attributes other than 0 and PRIVATE, or unsupported by the VM | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | use a SW_PROTECTED VM |
+    | PRIVATE in IN_PLACE, where files have it | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | convert the file |
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | gpa plus size wraps | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
     | gpa or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
@@ -279,14 +282,16 @@ class VmmServiceAsyncStub(VmmServiceStub):
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
     CreateGuestMemfd: _aio.UnaryUnaryMultiCallable[_vmm_pb2.CreateGuestMemfdRequest, _vmm_pb2.CreateGuestMemfdResponse]  # type: ignore[assignment]
-    """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage.
+    """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage, in IN_PLACE with
+    page_order beside it.
 
     | condition | reason | status | recovery |
     |---|---|---|---|
     | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
     | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
-    | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
-    | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+    | page size bits, or page_order, without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
+    | INIT_SHARED with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
+    | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
     | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
@@ -326,6 +331,7 @@ class VmmServiceAsyncStub(VmmServiceStub):
     |---|---|---|---|
     | flags not 0 | FLAG_UNKNOWN | INVALID_ARGUMENT | send 0 |
     | attributes other than 0 and PRIVATE, or unsupported by the VM | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | use a SW_PROTECTED VM |
+    | PRIVATE in IN_PLACE, where files have it | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | convert the file |
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | gpa plus size wraps | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
     | gpa or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
@@ -519,14 +525,16 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _vmm_pb2.CreateGuestMemfdRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_vmm_pb2.CreateGuestMemfdResponse, _abc.Awaitable[_vmm_pb2.CreateGuestMemfdResponse]]:
-        """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage.
+        """KVM_CREATE_GUEST_MEMFD with the flag word of the VM's lineage, in IN_PLACE with
+        page_order beside it.
 
         | condition | reason | status | recovery |
         |---|---|---|---|
         | unknown flag bit | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it |
         | INIT_SHARED for a VM that has private memory (MAINLINE) | FLAG_UNKNOWN | INVALID_ARGUMENT | clear it, or use a DEFAULT VM |
-        | page size bits without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
-        | page size bits name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
+        | page size bits, or page_order, without the flag that allows them | FLAG_COMBINATION | INVALID_ARGUMENT | set both |
+        | INIT_SHARED with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
+        | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
         | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
@@ -578,6 +586,7 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         |---|---|---|---|
         | flags not 0 | FLAG_UNKNOWN | INVALID_ARGUMENT | send 0 |
         | attributes other than 0 and PRIVATE, or unsupported by the VM | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | use a SW_PROTECTED VM |
+        | PRIVATE in IN_PLACE, where files have it | ATTRIBUTE_UNSUPPORTED | INVALID_ARGUMENT | convert the file |
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | gpa plus size wraps | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
         | gpa or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
