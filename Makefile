@@ -167,6 +167,10 @@ protos-lint: setup
 protos: setup protos-lint ## regenerate the stubs beside the .proto files
 	$(BIN)/python protos/generate.py
 
+.PHONY: tables
+tables: setup ## write the table of the lineages into docs/semantics.md
+	$(BIN)/python -m tests.support.lineage_table
+
 # Hashes for every platform and every Python we support; no index is written
 # into the files, so each machine uses the one that it is set up with.
 COMPILE := pip compile pyproject.toml --quiet --universal --python-version 3.11 \
