@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import gmem.testing.conformance.cases as _cases
+from gmem.testing.conformance.backends import this_machine
 from gmem.testing.conformance.dialect import DIALECTS
 from gmem.testing.conformance.guest import (
     Fill,
@@ -25,7 +26,7 @@ from gmem.testing.conformance.kernel import Kernel, NoKernelError
 from gmem.testing.conformance.kvm import MAINLINE, GuestMemfd, Userspace, Vm
 from gmem.testing.conformance.outcomes import outcome_of
 from gmem.testing.conformance.registry import Planned, plan
-from gmem.testing.conformance.runner import Outcome, run_one
+from gmem.testing.conformance.runner import Outcome, run_all, run_one
 from gmem.testing.conformance.scene import GPA
 from gmem.testing.conformance.toucher import Toucher
 from gmem.uapi.flags import KVM_MEM_GUEST_MEMFD, Capability, VmType
@@ -149,6 +150,18 @@ def test_pre_fault_is_answered_by_the_kernel(vm: Vm, file: GuestMemfd) -> None:
 def test_a_machine_without_the_device_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(NoKernelError, match="No such file"):
         Kernel(tmp_path / "kvm")
+
+
+def test_where_there_is_no_kernel_each_case_is_skipped_and_says_why(
+    tmp_path: Path,
+) -> None:
+    with this_machine(tmp_path / "kvm") as absent:
+        results = list(run_all(absent, plan(absent)))
+        with pytest.raises(NoKernelError, match="No such file"):
+            absent.create_vm(lineage=MAINLINE, vm_type=VmType.DEFAULT)
+    assert len(results) == len(PLANNED)
+    assert {result.outcome for result in results} == {Outcome.SKIP}
+    assert all("No such file" in result.reason for result in results)
 
 
 def test_a_device_that_is_another_says_so() -> None:

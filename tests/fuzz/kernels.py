@@ -12,6 +12,7 @@ from tests.fuzz.player import Player
 
 KERNEL = "kernel"
 EMULATOR = "emulator"
+MEMORY = "/dev/shm"
 
 
 @contextmanager
@@ -22,7 +23,8 @@ def player_on(name: str) -> Iterator[Player]:
             yield player
         return
     assert name == EMULATOR, f"{name!r}: say {KERNEL} or {EMULATOR}"
-    with running_host() as host, Emulator(host) as emulator:
+    # Journals in memory: a script is a few hundred of their transactions.
+    with running_host(under=MEMORY) as host, Emulator(host) as emulator:
         emulator.begin()
         with Player(emulator) as player:
             yield player

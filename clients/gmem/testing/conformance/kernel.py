@@ -107,6 +107,12 @@ class Kernel(Backend):
                     f"KVM_CAP_{needed.name} is 0: the kernel ({os.uname().release}) or "
                     "its configuration has no guest_memfd"
                 )
+        flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
+        if self.check_extension(abi.KVM_CAP_GUEST_MEMFD_FLAGS) & flags != flags:
+            raise NoKernelError(
+                "KVM_CAP_GUEST_MEMFD_FLAGS has no MMAP and INIT_SHARED: guest_memfd of "
+                f"this kernel ({os.uname().release}) is older than Linux 6.18"
+            )
         self.reads_through_userspace = not self._guest_reads_file()
         missing = {**_NEVER, **self._missing()}
         has = frozenset(Feature) - missing.keys()
@@ -143,6 +149,29 @@ class Kernel(Backend):
             )
             vm.create_vcpu()
             return isinstance(_first_exit(vm, Load(_PROBE_GPA, 1)), Halted)
+
+
+class AbsentKernel(Backend):
+    """What stands for a kernel that cannot be asked anything."""
+
+    name = Kernel.name
+
+    def __init__(self, reason: str) -> None:
+        """`reason` is what every case is skipped with."""
+        self._reason = reason
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The cases that would be played, and why they are not."""
+        sizes = {MAINLINE: (PAGE_SIZE,)}
+        return Capabilities(sizes, frozenset(), nothing=self._reason)
+
+    def create_vm(self, *, lineage: str, vm_type: VmType) -> Vm:
+        """Refuse: nobody may play a case on it."""
+        raise NoKernelError(f"{self._reason}: no {vm_type.name} VM of {lineage}")
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
 
 _NEVER: Final[Mapping[Feature, str]] = {

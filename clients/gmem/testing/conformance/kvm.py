@@ -56,12 +56,14 @@ class Capabilities:
     """What a kernel can answer.
 
     `page_sizes` has the lineages that it plays, each with its page sizes in bytes;
-    `missing` says of a Feature that is not there why.
+    `missing` says of a Feature that is not there why; `nothing` why no case can be
+    played at all.
     """
 
     page_sizes: Mapping[str, Sequence[int]]
     features: frozenset[Feature]
     missing: Mapping[Feature, str] = field(default_factory=dict)
+    nothing: str = ""
 
 
 @dataclass(frozen=True, slots=True)

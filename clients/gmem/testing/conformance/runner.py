@@ -94,6 +94,8 @@ def run_one(backend: Backend, planned: Planned) -> CaseResult:
 def missing(backend: Backend, planned: Planned) -> str:
     """Return why a case cannot be run by a backend; empty where it can."""
     has = backend.capabilities
+    if has.nothing:
+        return has.nothing
     for feature in sorted(planned.case.needs - has.features):
         return has.missing.get(feature, f"the backend has no {feature.value}")
     return ""
