@@ -264,6 +264,10 @@ class Runner:
     def _answer(
         self, stepper: _Stepper[T], effect: Effect[Any], *, may_sleep: bool
     ) -> _Answer | None:
+        handler = self._performer.local(effect, may_sleep=may_sleep)
+        if handler is not None:
+            stepper.reply(handler(effect))
+            return None
         match effect:
             case Acquire(lock=lock, mode=mode):
                 return self._acquire(stepper, lock, mode)
@@ -272,16 +276,7 @@ class Runner:
                 stepper.reply(None)
                 return None
             case _:
-                return self._performed(stepper, effect, may_sleep=may_sleep)
-
-    def _performed(
-        self, stepper: _Stepper[T], effect: Effect[Any], *, may_sleep: bool
-    ) -> _Answer | None:
-        handler = self._performer.local(effect, may_sleep=may_sleep)
-        if handler is None:
-            return partial(self._performer.remote(effect), effect)
-        stepper.reply(handler(effect))
-        return None
+                return partial(self._performer.remote(effect), effect)
 
     def _acquire(self, stepper: _Stepper[T], lock: Lock, mode: Mode) -> _Answer | None:
         with self._queues:
@@ -315,30 +310,32 @@ async def _wait_for(granted: Future[Ticket]) -> Ticket:
 class _Stepper(Generic[T]):
     """One operation between two effects: what it is sent next, and its value."""
 
-    __slots__ = ("_mutex", "_op", "_resume", "_value")
+    __slots__ = ("_argument", "_mutex", "_op", "_resume", "_value")
 
     def __init__(self, op: Op[T], mutex: Mutex) -> None:
         self._op = op
         self._mutex = mutex
-        self._resume: Callable[[], Effect[Any]] = partial(op.send, None)
+        # Most of what an operation costs here is made of these few steps.
+        self._resume: Callable[[Any], Effect[Any]] = op.send
+        self._argument: object = None
         self._value: list[T] = []
 
     def step(self) -> Effect[Any] | None:
         """Enter the core under the mutex up to its next effect; None at its end."""
         with self._mutex:
             try:
-                return self._resume()
+                return self._resume(self._argument)
             except StopIteration as stop:
                 self._value.append(stop.value)
                 return None
 
     def reply(self, value: object) -> None:
         """Let the next step return `value` from the effect."""
-        self._resume = partial(self._op.send, value)
+        self._resume, self._argument = self._op.send, value
 
     def throw(self, error: Exception) -> None:
         """Let the next step raise `error` at the line that asked."""
-        self._resume = partial(self._op.throw, error)
+        self._resume, self._argument = self._op.throw, error
 
     @property
     def value(self) -> T:

@@ -333,8 +333,9 @@ class ViewSession:
         self._revoker.invalidate(node, view, runs)
 
     def _quiesce(self, node: ViewNode, view: ViewKind, start: int, stop: int) -> Runs:
-        runs = self._revoker.revocable(node, view, start, stop)
-        self._write_back(node, view, _large(runs))
+        if stop - start >= SYNC_PAGES_MIN and node.table.attached_in(start, stop):
+            runs = self._revoker.revocable(node, view, start, stop)
+            self._write_back(node, view, _large(runs))
         return self._revoker.quiesce(node, view, start, stop)
 
     def _write_back(self, node: ViewNode, view: ViewKind, runs: Runs) -> None:
