@@ -20,6 +20,8 @@ step 3 no QUIESCED page is cached. Each round is smaller than the one before it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,22 +109,28 @@ class Revoker:
         watch = Watch(view, pending[0][0], pending[-1][1], hold=hold)
         with node.lock:
             node.watches.append(watch)
-        releasing = threading.Timer(HOLD_SECONDS, self._release, (node, watch))
-        if hold:
-            releasing.start()
         try:
-            self.invalidate(node, view, pending)
+            with self._releasing(node, watch) if hold else nullcontext():
+                self.invalidate(node, view, pending)
         except KernelError:
             with node.lock:
                 node.watches.remove(watch)
             raise
-        finally:
-            releasing.cancel()
         with node.lock:
             node.watches.remove(watch)
             again = _runs_of_pages(watch.answered, pending)
             _quiesce_all_but(node, view, pending, again)
         return again
+
+    @contextmanager
+    def _releasing(self, node: ViewNode, watch: Watch) -> Iterator[None]:
+        """Have the READs that a watch holds answered when it takes too long."""
+        timer = threading.Timer(HOLD_SECONDS, self._release, (node, watch))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _release(self, node: ViewNode, watch: Watch) -> None:
         """Answer the READs that a watch holds: an invalidation waits for one."""
