@@ -48,6 +48,7 @@ asyncio.run(main())
 """
 
 
+SHM = Path("/dev/shm")
 WHERE = ("disk", "memory")
 both = pytest.mark.parametrize("path", WHERE, indirect=True)
 """A thread writes on a disk; in memory whoever records does."""
@@ -55,15 +56,12 @@ both = pytest.mark.parametrize("path", WHERE, indirect=True)
 
 @pytest.fixture
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    where = getattr(request, "param", "disk")
-    if where == "disk":
+    """In memory unless a test says otherwise: a disk's syncs take their time."""
+    if getattr(request, "param", "memory") == "disk" or not is_in_memory(SHM):
         yield tmp_path / "test.db"
         return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        path = Path(directory) / "test.db"
-        if not is_in_memory(path.parent):
-            pytest.skip("needs a tmpfs at /dev/shm")
-        yield path
+    with tempfile.TemporaryDirectory(dir=SHM) as directory:
+        yield Path(directory) / "test.db"
 
 
 @pytest.fixture
@@ -263,15 +261,13 @@ EXPECTED: dict[str, Any] = {f"k/{n}": [n] * 40 for n in (27, 28, 29)} | {"last":
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-acked"])
-def test_a_flipped_bit_is_harmless_or_refused(
-    path: Path, tmp_path: Path, suffix: str
-) -> None:
+def test_a_flipped_bit_is_harmless_or_refused(path: Path, suffix: str) -> None:
     chance = random.Random(SEED)
-    source = crashed(path, tmp_path / "crashed", *TRANSACTIONS)
+    source = crashed(path, path.parent / "crashed", *TRANSACTIONS)
     size = source.with_name(source.name + suffix).stat().st_size
     refusals = 0
     for _ in range(60):
-        copy = damaged(source, tmp_path / "damaged")
+        copy = damaged(source, path.parent / "damaged")
         file = copy.with_name(copy.name + suffix)
         data = bytearray(file.read_bytes())
         data[chance.randrange(size)] ^= 1 << chance.randrange(8)
@@ -281,32 +277,28 @@ def test_a_flipped_bit_is_harmless_or_refused(
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-acked"])
-def test_a_file_that_was_cut_short_is_refused(
-    path: Path, tmp_path: Path, suffix: str
-) -> None:
+def test_a_file_that_was_cut_short_is_refused(path: Path, suffix: str) -> None:
     chance = random.Random(SEED)
     write(path, *TRANSACTIONS)  # also in the main file
-    source = crashed(path, tmp_path / "crashed", {"last": 29})
+    source = crashed(path, path.parent / "crashed", {"last": 29})
     size = source.with_name(source.name + suffix).stat().st_size
     refusals = 0
     for length in [0, *(chance.randrange(size) for _ in range(20))]:
-        copy = damaged(source, tmp_path / "damaged")
+        copy = damaged(source, path.parent / "damaged")
         with copy.with_name(copy.name + suffix).open("r+b") as file:
             file.truncate(length)
         refusals += same_or_refused(copy, EXPECTED)
     assert refusals >= 10
 
 
-def test_a_flipped_bit_of_a_closed_journal_is_harmless_or_refused(
-    path: Path, tmp_path: Path
-) -> None:
+def test_a_flipped_bit_of_a_closed_journal_is_harmless_or_refused(path: Path) -> None:
     chance = random.Random(SEED)
-    (tmp_path / "closed").mkdir()
-    source = tmp_path / "closed" / path.name
+    (path.parent / "closed").mkdir()
+    source = path.parent / "closed" / path.name
     write(source, *TRANSACTIONS)
     refusals = 0
     for _ in range(150):
-        copy = damaged(source, tmp_path / "damaged")
+        copy = damaged(source, path.parent / "damaged")
         data = bytearray(copy.read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         copy.write_bytes(data)
@@ -315,10 +307,8 @@ def test_a_flipped_bit_of_a_closed_journal_is_harmless_or_refused(
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-acked"])
-def test_a_file_that_is_missing_is_refused(
-    path: Path, tmp_path: Path, suffix: str
-) -> None:
-    source = crashed(path, tmp_path / "crashed", *TRANSACTIONS)
+def test_a_file_that_is_missing_is_refused(path: Path, suffix: str) -> None:
+    source = crashed(path, path.parent / "crashed", *TRANSACTIONS)
     source.with_name(source.name + suffix).unlink()
     with pytest.raises(JournalRefusedError, match=r"lost|missing|was not"):
         Journal(source, "test")
@@ -349,6 +339,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
         journal.close()
 
 
+@pytest.mark.parametrize("path", ["disk"], indirect=True)
 def test_what_a_commit_costs(path: Path, opened: list[Journal]) -> None:
     journal = open_(path, opened)
     started, number = time.perf_counter(), 300
