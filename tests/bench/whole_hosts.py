@@ -68,13 +68,15 @@ def large_host(target: Target, rounds: int) -> Result:
 
         async def measured() -> Result:
             async with AsyncExitStack() as scenes:
-                sides = []
+                sides: list[_Side] = []
+                begun: list[Scene] = []
                 for host, worker, size in zip(
                     hosts, workers, (LARGE_INODE, SIZE_1G), strict=True
                 ):
                     scene = await scenes.enter_async_context(scene_of(host, worker))
                     memory = await scenes.enter_async_context(scene.memory(size=size))
-                    sides.append(await _Side.ready(scene, memory, rounds))
+                    begun.append(scene)
+                    sides.append(await _Side.ready(scene, memory, rounds, begun))
                 large, small = sides
                 pairs = await alternate(large.convert, small.convert, rounds)
                 return result_of(target, pairs, [await s.metadata() for s in sides])
@@ -83,28 +85,42 @@ def large_host(target: Target, rounds: int) -> Result:
 
 
 class _Side:
-    """One inode, and how many of its chosen pages were converted."""
+    """One inode, and how many of its chosen pages were converted.
 
-    def __init__(self, scene: Scene, memory: Memory, rounds: int) -> None:
-        self._scene, self._memory = scene, memory
+    The watchdogs of all hosts in `begun` wait while one side is at work: on a busy
+    machine that is longer than their bound.
+    """
+
+    def __init__(
+        self, scene: Scene, memory: Memory, rounds: int, begun: list[Scene]
+    ) -> None:
+        self._scene, self._memory, self._begun = scene, memory, begun
         self._each = IN_ALL // rounds
         self._done = 0
 
     @classmethod
-    async def ready(cls, scene: Scene, memory: Memory, rounds: int) -> _Side:
+    async def ready(
+        cls, scene: Scene, memory: Memory, rounds: int, begun: list[Scene]
+    ) -> _Side:
         """Have a folio in each huge page, split by its first touch."""
+        side = cls(scene, memory, rounds, begun)
         step = SIZE_1G >> PAGE_SHIFT
         for first in range(0, memory.size >> PAGE_SHIFT, TOUCHED_AT_ONCE * step):
-            scene.begin_round()
+            side.begin_round()
             last = min(first + TOUCHED_AT_ONCE * step, memory.size >> PAGE_SHIFT)
             await scene.worker("touch", memory.inode, [first, last, step])
-        return cls(scene, memory, rounds)
+        return side
+
+    def begin_round(self) -> None:
+        """Give every watchdog its whole bound again."""
+        for scene in self._begun:
+            scene.begin_round()
 
     async def convert(self) -> float:
         """Convert the next share of the pages; the median of medians."""
         medians = []
         for _ in range(self._each // CONVERTED_AT_ONCE):
-            self._scene.begin_round()
+            self.begin_round()
             which = CONVERTED_AT_ONCE, IN_ALL, self._done
             worker = self._scene.worker
             medians.append(await worker("convert_random", self._memory.inode, *which))
