@@ -273,10 +273,11 @@ class GmemWorld:
         for number, table in self.tables.items():
             inode = self.core.inode(number)
             self._check_views(inode, table)
+            unattached = set(inode.filemap.unattached(inode.whole))
             attached = {
                 index >> inode.order: inode.filemap.get(index)
                 for index in inode.filemap.present(inode.whole)
-                if index not in set(inode.filemap.unattached(inode.whole))
+                if index not in unattached
             }
             frames = {unit: e.folio.pfn for unit, e in attached.items() if e}
             assert frames == table.frames
