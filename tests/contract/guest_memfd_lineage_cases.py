@@ -1,4 +1,4 @@
-"""What guest_memfd refuses because of an inode's lineage; see guest_memfd_cases."""
+"""More that guest_memfd refuses, most of it by lineage; see guest_memfd_cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from gmem.api.types.v1.types_pb2 import MemPolicy
 from gmem.uapi.errors import Reason
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
-from tests.contract.guest_memfd_cases import Case, cases, ranges, unknown
+from tests.contract.guest_memfd_cases import Case, cases, fields, ranges, unknown
 from tests.contract.guest_memfd_scene import PUNCH, Body
 
 R = Reason
@@ -122,4 +122,17 @@ CONVERSION: Final = cases(
     "KVM_SET_MEMORY_ATTRIBUTES",
 )
 
-CASES: Final[list[Case]] = [*MEMPOLICIES, *FLAGS, *IN_PLACE, *CONVERSION]
+NAMES: Final = [
+    *cases(
+        *("BindMemslot", R.DESCRIPTOR_TYPE, "EINVAL"),
+        fields("name", "hosts/h", "hosts/h/vms/a", "descriptors/1"),
+        "is no guest_memfd",
+    ),
+    *cases(
+        *("CreateGuestMemfd", R.LIMIT_REACHED, "ENOMEM"),
+        fields("size", (1 << 40) + PAGE_SIZE, 1 << 62),
+        "make several",
+    ),
+]
+
+CASES: Final[list[Case]] = [*MEMPOLICIES, *FLAGS, *IN_PLACE, *CONVERSION, *NAMES]
