@@ -181,7 +181,9 @@ def _split_unattached(inode: Inode, index: int) -> Op[None]:
     try:
         yield from perform(Split(inode.handle, entry.folio))
     except OPERATION_ERRORS:
-        # kvm_gmem_maybe_split_folio() removes it from the filemap, which frees it.
+        # kvm_gmem_maybe_split_folio() removes it from the filemap, which frees it. It
+        # may have been attached before: the next folio here is not filled.
+        yield from perform(ClearUptodate(inode.number, inode.unit_of(index)))
         yield from _drop(inode, [index])
         raise
     inode.filemap.set_split(index, split=True)
