@@ -175,8 +175,14 @@ def get_pfn(
             return WrongAccess()
         if _is_elsewhere(inode, pgoff):
             return _reach_shared(inode, bound, pgoff, nr_pages)
-        entry = yield from get_folio(inode, pgoff)
-        yield from _prepare(inode, pgoff)
+        try:
+            entry = yield from get_folio(inode, pgoff)
+            yield from _prepare(inode, pgoff)
+        except KernelError as error:
+            # The exit says what the access was; where the file decides, only it knows.
+            private = inode.faultability[pgoff] is Faultability.GUEST
+            error.numbers["private"] = int(private)
+            raise
 
         # Nothing was locked: the slot may have been unbound, and the folio punched
         # away, split or made whole, while this fault was waiting.

@@ -118,6 +118,8 @@ def _from_file(
     except KernelError as error:
         if vm.invalidation.must_retry(seq, PgRange(gfn, gfn + 1)):
             return Retry(vm.invalidation.seq)
+        if attribute is None:
+            private = bool(error.numbers.get("private", private))
         return _refused(gfn, error, private=private)
     # As in _private(): what was learnt may be history.
     if vm.invalidation.must_retry(seq, PgRange(gfn, gfn + 1)):
