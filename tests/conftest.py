@@ -33,8 +33,16 @@ def pytest_configure() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gmem")
     group.addoption("--seeds", type=int, default=200, help="seeds for tests/sim")
+    group.addoption("--lineage", help="all seeds are of this one; default: by turns")
     group.addoption(
         "--kills", type=int, default=15, help="kills of a service in test_survival"
+    )
+    group.addoption(
+        "--steps", type=int, default=25_000, help="steps of all machines of tests/model"
+    )
+    group.addoption("--model-seed", type=int, help="default: the same steps each time")
+    group.addoption(
+        "--no-shrink", action="store_true", help="a failure of tests/model as found"
     )
     group.addoption("--first-seed", type=int, default=0, help="the first of them")
 

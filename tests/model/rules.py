@@ -1,0 +1,122 @@
+"""What the series disagree on, and where the cores differ from them on purpose.
+
+The model is written from docs/semantics.md and the series behind it. It shares no code
+with the cores: not even a number of a flag.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+PAGE: Final = 4096
+SIZE_2M: Final = 1 << 21
+SIZE_1G: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How one series does what all of them do.
+
+    `vm_converts`: KVM_SET_MEMORY_ATTRIBUTES converts the files of the range; otherwise
+    the file is converted by an ioctl of its own and says itself what is private.
+    `bind_shares`: a bind of a software-protected VM makes its range shared.
+    `keeps_content`: bytes outlive a conversion; otherwise pages are zeroed.
+    `rounds_out`: what becomes private makes each huge page whole that it touches.
+    `busy`: the errno where pages are in use; `counts_references`: every reference is a
+    use, not only a mapping or a pin, and mappings are taken away first.
+    `punch_merges_first`: a split huge page with a reference cannot be punched (EAGAIN).
+    `holds_keep_inode`: a page in somebody's hands keeps its file's memory reserved.
+    `counts_base_pages`: st_blocks counts pages of 4K too, not only huge ones.
+    `huge_flag`, `size_shift`, `other_flags`: the flag word of KVM_CREATE_GUEST_MEMFD;
+    `shares_with`: the flag without which no page can be shared, `private_with`: the one
+    (only beside it) with which a file begins as private.
+    """
+
+    vm_converts: bool
+    bind_shares: bool
+    keeps_content: bool
+    rounds_out: bool
+    busy: int
+    counts_references: bool
+    punch_merges_first: bool
+    holds_keep_inode: bool
+    counts_base_pages: bool
+    huge_flag: int
+    size_shift: int
+    size_mask: int = 0x3F
+    rounds_size_up: bool = False
+    shares_with: int = 0
+    private_with: int = 0
+
+
+RULES: Final[Mapping[str, Rules]] = {
+    "RFC_V1": Rules(
+        vm_converts=True,
+        bind_shares=True,
+        keeps_content=False,
+        rounds_out=False,
+        busy=errno.EINVAL,
+        counts_references=False,
+        punch_merges_first=False,
+        holds_keep_inode=True,
+        counts_base_pages=True,
+        huge_flag=1 << 1,
+        size_shift=26,
+        rounds_size_up=True,
+    ),
+    "RFC_V2": Rules(
+        vm_converts=False,
+        bind_shares=False,
+        keeps_content=True,
+        rounds_out=True,
+        busy=errno.EAGAIN,
+        counts_references=True,
+        punch_merges_first=True,
+        holds_keep_inode=False,
+        counts_base_pages=False,
+        huge_flag=1 << 2,
+        size_shift=58,
+        shares_with=1 << 0,
+        private_with=1 << 1,
+    ),
+}
+"""Section 9 of the semantics, one row for each series."""
+
+
+DEVIATIONS: Final[Mapping[int, str]] = {
+    13: "a guest's shared accesses make no host mapping that refuses a conversion",
+    16: "a plain reference does not stop a reconstruction (RFC_V1)",
+    18: "the mapping of a memslot keeps the memory of a closed file",
+    20: "making a partly shared range shared unmaps its shared pages",
+    36: "a size bit pattern of 0 means 2M",
+    37: "a page is filled for itself, not its whole folio",
+    38: "a punch inside a huge page zeroes exactly its range",
+    41: "a size that is rounded up is the size of the file",
+    46: "error_offset of a conversion without memory stays 0",
+    55: "a conversion that finds every page converted does nothing (RFC_V1)",
+    100: "a guest cannot reach a page that a refused conversion has left shared",
+}
+"""Numbers of docs/deviations.md: the model asks `differs` at each of these places."""
+
+
+def differs(number: int) -> bool:
+    """Tell whether the cores differ from Linux in what entry `number` says."""
+    return number in DEVIATIONS
+
+
+class Refused(Exception):  # noqa: N818 - it says what happened
+    """A call that fails: its errno, and the offset of the page to blame."""
+
+    def __init__(self, number: int, error_offset: int | None = None) -> None:
+        super().__init__(errno.errorcode[number], error_offset)
+        self.errno = number
+        self.error_offset = error_offset
+
+
+def require(condition: bool, number: int, page: int | None = None) -> None:
+    """Refuse with `number` unless the condition holds; `page` is to blame."""
+    if not condition:
+        raise Refused(number, None if page is None else page * PAGE)

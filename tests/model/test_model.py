@@ -1,0 +1,100 @@
+"""Do the cores do what the reference model says, step by step?"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from gmem.uapi.lineage import Lineage
+from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M, format_size
+from tests.model.machine import Machine
+from tests.model.rules import DEVIATIONS, RULES
+from tests.support.sources import REPOSITORY, python_files
+
+STEPS_PER_EXAMPLE = 50
+# With fewer steps of a machine it may not have come to each of its calls.
+STEPS_FOR_EVERY_CALL = 2000
+CASES = [
+    (Lineage(lineage), page_size)
+    for lineage in RULES
+    for page_size in (PAGE_SIZE, SIZE_2M, SIZE_1G)
+]
+EVERY_CALL = (
+    "create",
+    "close",
+    "fallocate",
+    "pin",
+    "unpin",
+    "set_region",
+    "set_attributes",
+    "guest_access",
+    "populate",
+)
+
+
+def named(case: tuple[Lineage, int]) -> str:
+    return f"{case[0]}-{format_size(case[1])}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_cores_agree_with_the_model(
+    case: tuple[Lineage, int],
+    request: pytest.FixtureRequest,
+    report_line: Callable[[str], None],
+) -> None:
+    steps = request.config.getoption("--steps") // len(CASES)
+    counts: Counter[str] = Counter()
+    attributes = {"lineage": case[0], "page_size": case[1], "steps": counts}
+    machine = type("AModelled" + named(case), (Machine,), attributes)
+    seed = request.config.getoption("--model-seed")
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=max(1, steps // STEPS_PER_EXAMPLE),
+            stateful_step_count=STEPS_PER_EXAMPLE,
+            derandomize=seed is None,
+            database=None,
+            deadline=None,
+            print_blob=False,
+            phases=[Phase.generate]
+            if request.config.getoption("--no-shrink")
+            else [Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    told = ", ".join(f"{count} {call}" for call, count in sorted(counts.items()))
+    report_line(f"model, {named(case)}: {told}")
+    if steps >= STEPS_FOR_EVERY_CALL:
+        assert [call for call in EVERY_CALL if not counts[call]] == []
+
+
+def test_each_deviation_of_the_model_is_listed() -> None:
+    text = (REPOSITORY / "docs" / "deviations.md").read_text()
+    assert [number for number in DEVIATIONS if f"- **{number}. " not in text] == []
+
+
+def test_each_deviation_is_where_the_model_asks_for_it() -> None:
+    texts = [path.read_text() for path in python_files("tests/model")]
+    asked = {
+        int(number)
+        for text in texts
+        for number in re.findall(r"differs\((\d+)\)", text)
+    }
+    assert asked == set(DEVIATIONS)
+
+
+def test_the_model_shares_no_code_with_the_cores() -> None:
+    for name in ("conversion", "inode", "pool", "reference", "rules"):
+        text = (REPOSITORY / "tests" / "model" / f"{name}.py").read_text()
+        assert "gmem" not in {
+            word
+            for line in re.findall(r"^(?:from|import) (\S+)", text, re.MULTILINE)
+            for word in [line.partition(".")[0]]
+        }
