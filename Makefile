@@ -24,6 +24,14 @@ WORKERS ?= 2
 SEEDS ?= 1000
 FIRST_SEED ?= 0
 SIM_SECONDS ?= 1200
+# Steps of all machines of tests/model together; `make test` does 25000. A campaign:
+# make model STEPS=1000000 MODEL="--model-seed $RANDOM"
+STEPS ?= 250000
+test: STEPS = 25000
+# Arguments for `make model`.
+MODEL ?=
+# Which mutants `make mutants` tries, all where empty: conformance, model or sim.
+LAYER ?=
 # How often `make survival` kills a service; `make cluster` does it 15 times.
 KILLS ?= 200
 # How long `make fuzz-kernel` plays.
@@ -50,7 +58,7 @@ timeout --signal=ABRT --kill-after=20 $(2) \
 endef
 COVERAGE := --cov --cov-report=term --cov-report=xml:build/coverage/coverage.xml
 
-QUICK := tests/support tests/tidy tests/unit tests/contract
+QUICK := tests/support tests/tidy tests/mutants tests/unit tests/contract
 SOURCES := protos/generate.py deploy services clients tests docs/examples
 
 # What people want
@@ -60,7 +68,7 @@ demo: setup ## one VM with 1G pages from boot to teardown, in real processes
 	$(BIN)/gmemctl demo $(DEMO)
 
 .PHONY: test
-test: setup coverage sim cluster conformance ## every test: with branch coverage of the cores
+test: setup coverage sim model cluster conformance mutants ## every test: with branch coverage of the cores
 
 .PHONY: check
 check: format-check lint types layers protos-lint ## the gate for each commit
@@ -83,6 +91,15 @@ contract: setup ## does the wire change the meaning?
 .PHONY: sim
 sim: setup ## does any interleaving break an invariant? SEEDS=1000 FIRST_SEED=0
 	$(call pytest,sim,$(SIM_SECONDS),-n $(WORKERS) tests/sim --seeds $(SEEDS) --first-seed $(FIRST_SEED))
+
+.PHONY: model
+model: setup ## do the cores do what a small reference model does? STEPS=250000
+	$(call pytest,model,7200,-n $(WORKERS) tests/model --steps $(STEPS) $(MODEL))
+
+.PHONY: mutants
+mutants: setup ## do the tests find known mistakes? LAYER=conformance|model|sim
+	timeout --signal=INT --kill-after=60 2400 \
+	    $(BIN)/python -m tests.mutants $(addprefix --layer ,$(LAYER)) < /dev/null
 
 .PHONY: cluster
 cluster: setup ## do real processes agree?

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 from gmem.uapi.lineage import Lineage
-from tests.sim import mutants
+from tests.mutants.sim import SIM
 
 
 def main() -> int:
@@ -20,10 +20,10 @@ def main() -> int:
     )
     parser.add_argument("--trace", action="store_true", help="print every effect")
     parser.add_argument("--hash", action="store_true", help="print the trace hashes")
-    parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="a mistake")
+    parser.add_argument("--mutant", choices=sorted(SIM), help="a mistake")
     arguments = parser.parse_args()
     if arguments.mutant is not None:
-        mutants.install(mutants.MUTANTS[arguments.mutant])
+        SIM[arguments.mutant].install()
 
     # After the mutant is in place: this imports the cores.
     from tests.sim.campaign import run
