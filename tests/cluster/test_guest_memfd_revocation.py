@@ -143,3 +143,16 @@ async def _convert_something(
     await inode.convert(first, size, private=False)
     assert await toucher.asked("count_other", first, size, 0) == 0
     await toucher.asked("dont_need")
+
+
+async def test_a_conversion_unmaps_exactly_its_range(
+    clean_host: Host, gmem: GuestMemfdClient
+) -> None:
+    inode = await new_inode(clean_host, gmem)
+    client = await inode.mapped_by("one")
+    await client.asked("raw_store", PAGE_SIZE, 0x11)
+    # The first page is of the same folio, and nobody has it mapped.
+    await inode.convert(0, PAGE_SIZE, private=True)
+    with refused(Reason.PAGE_IN_USE) as caught:
+        await inode.convert(PAGE_SIZE, PAGE_SIZE, private=True)
+    assert caught[0].numbers["error_offset"] == PAGE_SIZE

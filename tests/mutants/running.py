@@ -68,16 +68,17 @@ def _run(
     arguments: Sequence[str], environment: dict[str, str]
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     began = time.monotonic()
-    ended = subprocess.run(
-        [*_PYTEST, *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS_MAX,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="gmem-mutant-") as artefacts:
+        ended = subprocess.run(
+            [*_PYTEST, f"--gmem-artifacts={artefacts}", *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_MAX,
+            check=False,
+        )
     return ended, time.monotonic() - began
 
 
