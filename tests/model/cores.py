@@ -210,7 +210,8 @@ class Cores:
         assert slot is not None
         number = int(slot.region.guest_memfd)
         page = slot.file_offset(gfn) // PAGE_SIZE
-        view = ViewKind.GUEST if outcome.private else ViewKind.HOST
+        view = self.host.view_of(where.name, outcome.window)
+        assert view is not None
         who = guest_process(where.name)
         return Ended(0 if self._touch(who, number, view, page, write=write) else -1)
 

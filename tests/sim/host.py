@@ -91,8 +91,8 @@ class Host:
         self.on_converted: Callable[[list[ByteRange], Faultability], None] = (
             lambda ranges, to: None
         )
-        # What the guest processes remember of stage 2: (VM, gfn) -> private.
-        self.tlb: dict[tuple[str, int], bool] = {}
+        # What the guest processes remember of stage 2: (VM, gfn) -> view.
+        self.tlb: dict[tuple[str, int], ViewKind] = {}
         # What is mapped where: by guest process and window; by the clients.
         self._windows: dict[tuple[str, int], Window] = {}
         self.client_views: dict[int, None] = {}
@@ -359,6 +359,11 @@ class Host:
         if window is not None:
             self.memory.drop_mappings(window.who, window.inode, window.pages)
             self.release_view(window.inode, window.view)
+
+    def view_of(self, vm: str, window: int) -> ViewKind | None:
+        """Return the view that a window of a guest process shows, if it is there."""
+        found = self._windows.get((vm, window))
+        return None if found is None else found.view
 
     def _has_mapped(self, touch: Touch) -> bool:
         if not is_guest(touch.who):

@@ -12,6 +12,7 @@ from typing import Final
 
 from gmem.uapi.flags import (
     GUEST_MEMFD_FLAG_INIT_PRIVATE,
+    GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_SHIFT,
     KVM_GUEST_MEMFD_HUGE_SHIFT,
@@ -19,16 +20,19 @@ from gmem.uapi.flags import (
     RFC_V2_HUGE_PAGES,
 )
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import PAGE_SIZE
+from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES
 
-_ALWAYS: Final = (
-    "refused conversion",
-    "rollback after a failed split",
-    "reconstruct",
+_SOMETIMES: Final = (
     "lost reply",
     "reply from memory",
     "loser of an allocation race",
     "guest access served",
+)
+_CONVERTING: Final = (
+    *_SOMETIMES,
+    "refused conversion",
+    "rollback after a failed split",
+    "reconstruct",
     "refused: POOL_EMPTY",
     "refused: VMEMMAP_RESTORE_FAILED",
 )
@@ -38,15 +42,17 @@ _ALWAYS: Final = (
 class Play:
     """How a lineage is played.
 
-    `huge_flag` and `huge_shift` make the flag word of a huge page size; each file has
-    one of `file_flags` beside. `in_place`: the file itself says which pages are shared,
-    has ioctls that convert it, and is what the guest's shared accesses reach.
+    `page_sizes`: what its files can have; `huge_flag` and `huge_shift` make the flag
+    word of a huge one, and each file has one of `file_flags` beside. `in_place`: the
+    file itself says which pages are shared, has ioctls that convert it, and is what the
+    guest's shared accesses reach.
     `keeps_content`: the bytes of a page outlive a conversion. `rounds_out`: making a
     part of a folio private can make it whole. `bind_resets`: a bind overwrites what was
     shared and private. `sometimes`: what a campaign must have seen; without it, it
     proves nothing about it.
     """
 
+    page_sizes: tuple[int, ...]
     huge_flag: int
     huge_shift: int
     file_flags: tuple[int, ...]
@@ -66,6 +72,7 @@ class Play:
 
 PLAYS: Final[Mapping[Lineage, Play]] = {
     Lineage.RFC_V1: Play(
+        page_sizes=PAGE_SIZES,
         huge_flag=RFC_V1_HUGE_PAGES,
         huge_shift=KVM_GUEST_MEMFD_HUGE_SHIFT,
         file_flags=(0,),
@@ -73,9 +80,10 @@ PLAYS: Final[Mapping[Lineage, Play]] = {
         keeps_content=False,
         rounds_out=False,
         bind_resets=True,
-        sometimes=(*_ALWAYS, "evict after the last pin"),
+        sometimes=(*_CONVERTING, "evict after the last pin"),
     ),
     Lineage.RFC_V2: Play(
+        page_sizes=PAGE_SIZES,
         huge_flag=RFC_V2_HUGE_PAGES,
         huge_shift=GUESTMEM_HUGE_SHIFT,
         file_flags=(
@@ -86,7 +94,20 @@ PLAYS: Final[Mapping[Lineage, Play]] = {
         keeps_content=True,
         rounds_out=True,
         bind_resets=False,
-        sometimes=(*_ALWAYS, "merge after the inode", "refused punch"),
+        sometimes=(*_CONVERTING, "merge after the inode", "refused punch"),
+    ),
+    # A software-protected VM, in which a file begins as private and stays so: what is
+    # converted are the attributes alone, and the file serves both kinds of access.
+    Lineage.MAINLINE: Play(
+        page_sizes=(PAGE_SIZE,),
+        huge_flag=0,
+        huge_shift=0,
+        file_flags=(GUEST_MEMFD_FLAG_MMAP,),
+        in_place=False,
+        keeps_content=True,
+        rounds_out=True,
+        bind_resets=False,
+        sometimes=_SOMETIMES,
     ),
 }
 """Every lineage that can be played; `lineage_of` deals seeds to them in turn."""

@@ -59,7 +59,7 @@ class Machines:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.shape = Shape.draw(world.random)
+        self.shape = Shape.draw(world.random, world.play.page_sizes)
         self.host = Host(world, boot(self.shape, world.options, world.random))
         self.at_boot = self.host.allocator.statistics().levels()
         self.machines: list[Machine] = []

@@ -29,10 +29,12 @@ class Shape:
     base_gfn: int
 
     @classmethod
-    def draw(cls, random: Random) -> Shape:
+    def draw(cls, random: Random, page_sizes: tuple[int, ...]) -> Shape:
         """Draw a shape: 2M mostly; 1G is small, as its tables are large."""
         kind = random.random()
         page_size = SIZE_2M if kind < 0.7 else PAGE_SIZE if kind < 0.93 else SIZE_1G
+        if page_size not in page_sizes:
+            page_size = page_sizes[0]
         scale = _UNITS_PER_4K_SLOT if page_size == PAGE_SIZE else 1
         huge = page_size == SIZE_1G
         return cls(

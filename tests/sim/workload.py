@@ -329,8 +329,8 @@ class Workload(Machines):
         if not vm.guest_alive:
             return True
         random = self.world.random
-        private = self.host.tlb.get((vm.name, gfn))
-        if private is None:
+        view = self.host.tlb.get((vm.name, gfn))
+        if view is None:
             outcome = yield from fault(vm, Fault(gfn, 1, access, write))
             match outcome:
                 case Retry():
@@ -339,18 +339,19 @@ class Workload(Machines):
                 case MemoryFault():
                     back = yield from answer(vm, Policy.CONVERT, outcome)
                     return back != 0
-                case Mapped(private=private):
+                case Mapped(window=window):
                     # Its notice may be under way already, as VcpuRun knows.
-                    if vm.invalidation.must_retry(outcome.seq, outcome.gfns):
+                    view = self.host.view_of(vm.name, window)
+                    late = vm.invalidation.must_retry(outcome.seq, outcome.gfns)
+                    if late or view is None:
                         return False
-                    self.host.tlb[vm.name, gfn] = private
+                    self.host.tlb[vm.name, gfn] = view
                 case _:
                     return True
         slot = vm.memslots.find(gfn)
         if slot is None or not vm.guest_alive:
             return True
         number, pages = pages_of(slot, PgRange(gfn, gfn + 1))
-        view = ViewKind.GUEST if private else ViewKind.HOST
         who = guest_process(vm.name)
         done = yield from perform(Touch(who, number, view, pages.start, write))
         self.world.marks["guest access served"] += bool(done)
