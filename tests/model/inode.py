@@ -30,7 +30,8 @@ class Inode:
     """A file of `nr_pages` pages in units (folios) of `unit` pages.
 
     `shared` has a 1 for each page that the host may fault, `ready` the pages that were
-    filled (uptodate), `content` what was written, `mapped` who has which page in its
+    filled (uptodate), `serves_shared` whether the guest's shared accesses come to it,
+    `content` what was written, `mapped` who has which page in its
     page tables.
     """
 
@@ -44,7 +45,7 @@ class Inode:
         self.limit = nr_pages // pool.unit
         self.used = 0
         self.shared = bytearray(nr_pages)
-        self.convertible = True
+        self.serves_shared = False
         self.folios: dict[int, Folio] = {}
         self.orphans: list[Folio] = []
         self.ready: set[int] = set()

@@ -145,7 +145,7 @@ class Machine(Twofold):
 
     def _is_of_this_host(self, flags: int) -> bool:
         """Tell whether a flag word is bad, or asks for this host's page size."""
-        log = flags >> self.series.size_shift & 0x3F
+        log = flags >> self.series.size_shift & self.series.size_mask
         if not flags & self.series.huge_flag:
             return log != 0 or self.unit == 1
         return log not in (0, 21, 30) or (1 << (log or 21)) == self.page_size
@@ -346,7 +346,7 @@ class Machine(Twofold):
     ) -> None:
         """KVM_GMEM_CONVERT_*, where the file has it."""
         number = self.file(file)
-        if number is None or self.series.vm_converts:
+        if number is None or not self.series.file_decides:
             return
         limit = self.model.inodes[number].nr_pages
         pages = self.pages(place, limit)

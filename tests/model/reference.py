@@ -126,8 +126,9 @@ class Reference:
         inode = Inode(rules, self.pool, nr_pages, self.holds)
         inode.vm = vm
         if rules.shares_with:
-            inode.convertible = shares
-            inode.store(range(nr_pages), int(shares and not private))
+            inode.serves_shared = shares
+            begins = shares and not private and rules.begins_shared
+            inode.store(range(nr_pages), int(begins))
         self.inodes[number] = inode
 
     def close(self, number: int) -> None:
@@ -230,7 +231,7 @@ class Reference:
             raise Refused(errno.EBADF)
         require(inode.vm == vm, errno.EINVAL)
         require(slot.pages.stop <= inode.nr_pages, errno.EINVAL)
-        if not self.rules.vm_converts and inode.convertible:
+        if self.rules.file_decides and inode.serves_shared:
             require(userspace == slot.pages.start * PAGE, errno.EINVAL)
         taken = any(_overlap(pages, slot.pages) for pages in inode.bound.values())
         require(not taken, errno.EINVAL)
@@ -278,7 +279,7 @@ class Reference:
             return
         require(offset + size <= inode.nr_pages * PAGE, errno.EINVAL)
         require(offset % PAGE == 0 and size % PAGE == 0, errno.EINVAL)
-        if inode.convertible:
+        if inode.serves_shared:
             pages = range(offset // PAGE, (offset + size) // PAGE)
             convert_exactly(inode, pages, to)
 
@@ -298,10 +299,12 @@ class Reference:
             return self._get_pfn(vm, slot, gfn, private=True)
         if slot is None:
             return Exit(0, private=False)
+        if self.inodes[slot.inode].serves_shared:
+            return self._get_pfn(vm, slot, gfn, private=False)
         return self._through_host_view(slot, gfn)
 
     def _says_itself(self, slot: Slot) -> bool:
-        return not self.rules.vm_converts and self.inodes[slot.inode].convertible
+        return self.rules.file_decides and self.inodes[slot.inode].serves_shared
 
     def _in_place(self, vm: str, slot: Slot, gfn: int, meant: int | None) -> Reached:
         inode, page = self.inodes[slot.inode], slot.page_of(gfn)

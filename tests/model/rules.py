@@ -20,8 +20,9 @@ SIZE_1G: Final = 1 << 30
 class Rules:
     """How one series does what all of them do.
 
-    `vm_converts`: KVM_SET_MEMORY_ATTRIBUTES converts the files of the range; otherwise
-    the file is converted by an ioctl of its own and says itself what is private.
+    `vm_converts`: KVM_SET_MEMORY_ATTRIBUTES converts the files of the range.
+    `file_decides`: a file that can share pages is converted by an ioctl of its own and
+    says itself what is private. With neither, attributes alone change.
     `bind_shares`: a bind of a software-protected VM makes its range shared.
     `keeps_content`: bytes outlive a conversion; otherwise pages are zeroed.
     `rounds_out`: what becomes private makes each huge page whole that it touches.
@@ -32,10 +33,12 @@ class Rules:
     `counts_base_pages`: st_blocks counts pages of 4K too, not only huge ones.
     `huge_flag`, `size_shift`, `other_flags`: the flag word of KVM_CREATE_GUEST_MEMFD;
     `shares_with`: the flag without which no page can be shared, `private_with`: the one
-    (only beside it) with which a file begins as private.
+    (only beside it) with which a file begins as private where it `begins_shared`.
+    `never`: calls that cannot come to anything.
     """
 
     vm_converts: bool
+    file_decides: bool
     bind_shares: bool
     keeps_content: bool
     rounds_out: bool
@@ -47,6 +50,9 @@ class Rules:
     huge_flag: int
     size_shift: int
     size_mask: int = 0x3F
+    page_sizes: tuple[int, ...] = (PAGE, SIZE_2M, SIZE_1G)
+    begins_shared: bool = False
+    never: tuple[str, ...] = ()
     rounds_size_up: bool = False
     shares_with: int = 0
     private_with: int = 0
@@ -55,6 +61,7 @@ class Rules:
 RULES: Final[Mapping[str, Rules]] = {
     "RFC_V1": Rules(
         vm_converts=True,
+        file_decides=False,
         bind_shares=True,
         keeps_content=False,
         rounds_out=False,
@@ -69,6 +76,7 @@ RULES: Final[Mapping[str, Rules]] = {
     ),
     "RFC_V2": Rules(
         vm_converts=False,
+        file_decides=True,
         bind_shares=False,
         keeps_content=True,
         rounds_out=True,
@@ -81,6 +89,26 @@ RULES: Final[Mapping[str, Rules]] = {
         size_shift=58,
         shares_with=1 << 0,
         private_with=1 << 1,
+        begins_shared=True,
+    ),
+    # Of a software-protected VM: INIT_SHARED (1 << 1) is not for it.
+    "MAINLINE": Rules(
+        vm_converts=False,
+        file_decides=False,
+        bind_shares=False,
+        keeps_content=True,
+        rounds_out=True,
+        busy=errno.EAGAIN,
+        counts_references=True,
+        punch_merges_first=False,
+        holds_keep_inode=False,
+        counts_base_pages=False,
+        huge_flag=0,
+        size_shift=26,
+        size_mask=0,
+        page_sizes=(PAGE,),
+        shares_with=1 << 0,
+        never=("unpin",),
     ),
 }
 """Section 9 of the semantics, one row for each series."""
