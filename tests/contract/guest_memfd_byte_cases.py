@@ -34,6 +34,8 @@ def _both(rpc: str) -> list[Case]:
             [{"offset": SIZE_2M - 1, "size": 2}, {"name": "@private"}],
             *("is private", "convert it to shared"),
         ),
+        *cases(*(rpc, R.PAGE_POISONED, "EHWPOISON"), fields("name", "@lost"), "punch"),
+        *cases(*(rpc, R.CGROUP_LIMIT, "ENOMEM"), fields("name", "@limited"), "raise"),
         *cases(*(rpc, R.SUBPOOL_EMPTY, "ENOMEM"), fields("name", "@used_up"), "free"),
         *cases(
             *(rpc, R.BASE_MEMORY_EMPTY, "ENOMEM"),

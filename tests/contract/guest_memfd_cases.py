@@ -41,7 +41,6 @@ class Case:
 R = Reason
 # Rows that take thousands of calls, or an error no rpc can inject: who has them.
 ELSEWHERE: Final = {
-    ("GetPfn", R.PAGE_POISONED): "tests/unit/vmm/test_fault.py",
     ("Watch", R.REVISION_COMPACTED): "tests/unit/runtime/test_events.py",
     ("PinPages", R.LIMIT_REACHED): "tests/unit/guest_memfd/core/test_life.py",
     ("ConvertRange", R.INTERRUPTED): "tests/unit/guest_memfd/core/test_waiting.py",

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -76,6 +77,8 @@ RIGHT: Final[dict[str, Body]] = {
         "holder": "device",
     },
     "UnpinPages": {"hold": 1},
+    "InjectMemoryError": {"name": "@lost", "offset": PAGE_SIZE},
+    "UnpoisonMemory": {"name": "@lost", "offset": 0},
     "OpenView": {"name": "@shared", "view": pb.VIEW_HOST},
     "KeepAlive": {"holds": []},
     "GetOperation": {"name": ""},
@@ -104,9 +107,11 @@ class Scene:
     no folio. tiny_private: the same in slot 5, private. closed: its file is closed, a
     hold keeps it. used_up: 2M, slot 3, shared; its one folio was punched while held, so
     that its reservation is empty. used_up_private: as that, private. unused: 2M, slot
-    4, shared, no folio. second: 2M of RFC_V2, unbound, shared, page 0 pinned by "disk".
-    mainline: 2M of MAINLINE, unbound, shared, no folio. in_place: 2M of IN_PLACE, one
-    page. plain: as that in 4K pages, of a VM without private memory.
+    4, shared, no folio. lost, lost_private: 4K pages, slots 7 and 8, two folios, the
+    first of which has a memory error. limited, limited_private: 2M, slots 9 and 10,
+    of a cgroup that may have nothing. second: 2M of RFC_V2, unbound, shared, page 0
+    pinned by "disk". mainline: 2M of MAINLINE, unbound, shared, no folio. in_place: 2M
+    of IN_PLACE, one page. plain: as that in 4K pages, of a VM without private memory.
     long, short, view, blind: descriptors of a memfd with two pages and one page, of a
     view, and of a file open for writing alone. guest_pid: a client's.
     """
@@ -162,7 +167,8 @@ async def build_scene(host: Host) -> dict[str, Any]:
     long as it does.
     """
     program = host.program(*GIVER)
-    async with host.clients(*GIVER) as (_, gmem):
+    async with host.clients(*GIVER) as (allocator, gmem):
+        await _cgroup(allocator)
         inodes = await _inodes(host, gmem)
         words: dict[str, Any] = {name: inode.name for name, inode in inodes.items()}
         words |= await _descriptors(host, program, inodes["shared"])
@@ -170,6 +176,14 @@ async def build_scene(host: Host) -> dict[str, Any]:
         scene = Scene(gmem, words)
         await scene.call("PopulateRange", {"offset": 0})
     return words
+
+
+async def _cgroup(allocator: HostAllocatorClient) -> None:
+    """Make a cgroup that may have nothing, if it is not there."""
+    names = {cgroup.name for cgroup in await allocator.list_cgroups()}
+    if "/full" not in names:
+        await allocator.create_cgroup("/full")
+    await allocator.update_cgroup("/full", page_size=SIZE_2M, max=0, rsvd_max=0)
 
 
 async def _descriptors(host: Host, program: Program, inode: Inode) -> dict[str, str]:
@@ -183,23 +197,38 @@ async def _descriptors(host: Host, program: Program, inode: Inode) -> dict[str, 
     }
 
 
-async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
-    async def make(slot: int, *, shared: bool, page_size: int, units: int = 1) -> Inode:
-        size = units * SIZE_2M
-        inode = await new_inode(
-            host, gmem, page_size=page_size, pages=size // page_size, bound=False
-        )
-        await gmem.bind_memslot(
-            name=inode.name,
-            vm=VM,
-            slot=slot,
-            base_gfn=0,
-            offset=0,
-            size=SIZE_2M,
-            host_faultable=shared,
-        )
-        return inode
+async def _make(
+    host: Host,
+    gmem: GuestMemfdClient,
+    slot: int,
+    *,
+    shared: bool,
+    page_size: int,
+    units: int = 1,
+    cgroup: str = "",
+) -> Inode:
+    """Make an inode of RFC_V1 and bind its first 2M."""
+    inode = await new_inode(
+        *(host, gmem),
+        page_size=page_size,
+        pages=units * SIZE_2M // page_size,
+        bound=False,
+        cgroup=cgroup,
+    )
+    await gmem.bind_memslot(
+        name=inode.name,
+        vm=VM,
+        slot=slot,
+        base_gfn=0,
+        offset=0,
+        size=SIZE_2M,
+        host_faultable=shared,
+    )
+    return inode
 
+
+async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
+    make = partial(_make, host, gmem)
     made = {
         "shared": await make(0, shared=True, page_size=SIZE_2M, units=2),
         "private": await make(1, shared=False, page_size=SIZE_2M),
@@ -208,8 +237,17 @@ async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
         "unused": await make(4, shared=True, page_size=SIZE_2M),
         "tiny_private": await make(5, shared=False, page_size=PAGE_SIZE),
         "used_up_private": await make(6, shared=True, page_size=SIZE_2M),
+        "limited": await make(9, shared=True, page_size=SIZE_2M, cgroup="/full"),
+        "limited_private": await make(
+            10, shared=False, page_size=SIZE_2M, cgroup="/full"
+        ),
+        "lost": await make(7, shared=True, page_size=PAGE_SIZE),
+        "lost_private": await make(8, shared=False, page_size=PAGE_SIZE),
         "closed": await make(0, shared=True, page_size=SIZE_2M),
     }
+    for name in ("lost", "lost_private"):
+        await made[name].fallocate(KEEP, 0, 2 * PAGE_SIZE)
+        await gmem.inject_memory_error(name=made[name].name, offset=0)
     made["second"] = await _of_lineage(
         host, gmem, "RFC_V2", page_size=SIZE_2M, support_shared=True
     )

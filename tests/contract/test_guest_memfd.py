@@ -62,6 +62,8 @@ OTHER: dict[str, Body] = {
     "UnpinPages": {"hold": 2},
     "OpenView": {"vm": VM},
     "WriteRange": {"offset": 1},
+    "InjectMemoryError": {"offset": 0},
+    "UnpoisonMemory": {"offset": PAGE_SIZE},
 }
 
 

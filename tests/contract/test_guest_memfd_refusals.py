@@ -12,7 +12,7 @@ import pytest
 from gmem.client import HostAllocatorClient
 from gmem.runtime.config import HostShape
 from gmem.uapi.errors import ERROR_TABLE, Reason
-from tests.contract import guest_memfd_cases
+from tests.contract import guest_memfd_cases, guest_memfd_error_cases
 from tests.contract.guest_memfd_byte_cases import BYTE_CASES, BYTES_ELSEWHERE
 from tests.contract.guest_memfd_cases import Case
 from tests.contract.guest_memfd_lineage_cases import CASES as LINEAGE_CASES
@@ -32,8 +32,13 @@ from tests.tidy.test_error_tables import rpcs
 pytestmark = pytest.mark.fuse
 BACKENDS = BOTH
 
-CASES = [*guest_memfd_cases.CASES, *LINEAGE_CASES, *BYTE_CASES]
-ELSEWHERE = guest_memfd_cases.ELSEWHERE | BYTES_ELSEWHERE
+CASES = [
+    *(*guest_memfd_cases.CASES, *LINEAGE_CASES, *BYTE_CASES),
+    *(*guest_memfd_error_cases.ERROR_CASES, *guest_memfd_error_cases.CGROUP_CASES),
+]
+ELSEWHERE = (
+    guest_memfd_cases.ELSEWHERE | BYTES_ELSEWHERE | guest_memfd_error_cases.ELSEWHERE
+)
 
 
 @pytest.fixture(scope="module")

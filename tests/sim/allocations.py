@@ -10,6 +10,7 @@ from gmem.effects import Effect
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.values import Folio
 from gmem.host_allocator.core.host_memory import HostMemory
+from gmem.host_allocator.core.values import Charging
 from gmem.host_allocator.core.values import Folio as HostFolio
 from tests.sim.world import Answer, World, outcome_of
 
@@ -45,7 +46,8 @@ class Allocations:
         self._world.call("host_allocator", carry_out, answer)
 
     def _reserve(self, effect: fx.Reserve, answer: Answer) -> None:
-        reserve = self._memory.reserve
+        charging = Charging(effect.cgroup, effect.charge_rsvd)
+        reserve = partial(self._memory.reserve, charging=charging)
         self._call(
             lambda: reserve(effect.page_size, effect.num_pages, None, effect.owner),
             answer,

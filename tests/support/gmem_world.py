@@ -17,7 +17,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import singledispatchmethod
 from typing import Any, TypeAlias, TypeVar
 
@@ -48,6 +48,7 @@ from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, SIZE_2M, Gfn, PgOff, PgRange
 from tests.support import gmem_bytes
 from tests.support.clock import Clock
+from tests.support.gmem_table import Table, check_views
 from tests.support.gmem_task import Task as Task  # noqa: PLC0414 - tests know it from here
 from tests.support.rows import apply
 
@@ -56,22 +57,6 @@ OperationError: TypeAlias = KernelError | TransportError
 STEPS_MAX = 2_000_000
 VM = "hosts/h/vms/a"
 EIO = "EIO"
-
-
-@dataclass
-class Table:
-    """The page-state table of one inode; one byte per page in each view."""
-
-    order: int
-    views: dict[ViewKind, bytearray]
-    uptodate: bytearray
-    frames: dict[int, int] = field(default_factory=dict)
-
-    def pfn_of(self, pgoff: int) -> int | None:
-        unit = pgoff >> self.order
-        if unit not in self.frames:
-            return None
-        return self.frames[unit] + (pgoff & ((1 << self.order) - 1))
 
 
 @dataclass(frozen=True)
@@ -106,6 +91,8 @@ class GmemWorld:
         self.store: dict[int, object] = {}
         self.mappings: dict[int, list[HostMapping]] = {}
         self.descriptors: dict[str, object] = {}
+        # Pages whose bytes are in a mapping and not stored yet; a test says which.
+        self.dirty: set[tuple[int, ViewKind, int]] = set()
         self.log: list[Effect[Any]] = []
         self.rows: dict[str, Any] = {}
         # What was scheduled and nobody has run yet.
@@ -272,7 +259,7 @@ class GmemWorld:
         assert sorted(self.tables) == self.core.numbers
         for number, table in self.tables.items():
             inode = self.core.inode(number)
-            self._check_views(inode, table)
+            check_views(inode, table)
             unattached = set(inode.filemap.unattached(inode.whole))
             attached = {
                 index >> inode.order: inode.filemap.get(index)
@@ -281,18 +268,6 @@ class GmemWorld:
             }
             frames = {unit: e.folio.pfn for unit, e in attached.items() if e}
             assert frames == table.frames
-
-    def _check_views(self, inode: Inode, table: Table) -> None:
-        for fragment in inode.faultability.runs(inode.whole):
-            span = slice(fragment.pages.start, fragment.pages.stop)
-            host = set(table.views[ViewKind.HOST][span])
-            guest = set(table.views[ViewKind.GUEST][span])
-            if fragment.faultability is Faultability.ALL:
-                assert host == {PageState.OPEN}, (fragment, host)
-                assert guest == {PageState.CLOSED}, (fragment, guest)
-            else:
-                assert host == {PageState.CLOSED}, (fragment, host)
-                assert guest <= {PageState.OPEN, PageState.CLOSED}, (fragment, guest)
 
     # Effects.
 
@@ -306,7 +281,10 @@ class GmemWorld:
 
     @_do.register
     def _(self, e: fx.Reserve) -> int:
-        return self.memory.reserve(e.page_size, e.num_pages, owner=e.owner)
+        charging = allocator.Charging(e.cgroup, e.charge_rsvd)
+        return self.memory.reserve(
+            e.page_size, e.num_pages, owner=e.owner, charging=charging
+        )
 
     @_do.register
     def _(self, e: fx.CountNodes) -> int:
@@ -336,6 +314,14 @@ class GmemWorld:
     @_do.register
     def _(self, e: fx.Unreserve) -> None:
         self.memory.unreserve(e.handle)
+
+    @_do.register
+    def _(self, e: fx.PoisonFrame) -> None:
+        self.memory.inject(e.pfn)
+
+    @_do.register
+    def _(self, e: fx.UnpoisonFrame) -> None:
+        self.memory.unpoison(e.pfn)
 
     @_do.register
     def _(self, e: fx.ScheduleMerge) -> None:
@@ -371,11 +357,15 @@ class GmemWorld:
         )
 
     @_do.register
-    def _(self, e: fx.InvalidateView) -> None:
+    def _(self, e: fx.InvalidateView) -> bool:
         states = self.tables[e.inode].views[e.view][_slice(e.pages)]
         assert PageState.OPEN not in states, "a READ could be parked in it"
         if e.view is ViewKind.HOST:
             self._unmap(e.inode, e.pages)
+        dirty = {p for i, v, p in self.dirty if (i, v) == (e.inode, e.view)}
+        dirty &= set(e.pages)
+        self.dirty -= {(e.inode, e.view, pgoff) for pgoff in dirty}
+        return bool(dirty)
 
     @_do.register
     def _(self, e: fx.QuiesceView) -> None:

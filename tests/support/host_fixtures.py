@@ -65,6 +65,10 @@ async def clean_host(module_host: Host) -> AsyncIterator[Host]:
                     await gmem.unpin_pages(hold=hold.hold)
 
         deadline = time.monotonic() + BACK_SECONDS_MAX
+        # Those of an inode that still ends are withheld first.
+        while errors := await allocator.list_memory_errors():
+            for frame in errors:
+                await allocator.unpoison_memory(frame.pfn)
         while await _left(allocator, gmem, before):
             if time.monotonic() > deadline:
                 assert await _left(allocator, gmem, before) == []

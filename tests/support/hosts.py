@@ -217,10 +217,13 @@ async def new_inode(
     shared: bool = True,
     vmm_target: str = "",
     bound: bool = True,
+    cgroup: str = "",
 ) -> Inode:
     """Make an inode of some huge pages and bind all of it at guest frame 0."""
     size = page_size * pages
-    made = await gmem.create_guest_memfd(size=size, page_size=page_size, vm=VM)
+    made = await gmem.create_guest_memfd(
+        size=size, page_size=page_size, vm=VM, cgroup=cgroup
+    )
     inode = Inode(host, gmem, made.name, size)
     if bound:
         await gmem.bind_memslot(

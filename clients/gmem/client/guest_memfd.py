@@ -51,9 +51,10 @@ class GuestMemfdClient(ServiceClient):
         mmap: bool = False,
         init_shared: bool = False,
         no_private_memory: bool = False,
+        cgroup: str = "",
         request_id: RequestId | None = None,
     ) -> pb.GuestMemfd:
-        """Make an inode; its pages are reserved at once."""
+        """Make an inode; its pages are reserved at once, and charged to `cgroup`."""
         request = pb.CreateGuestMemfdRequest(
             size=size,
             page_size=page_size,
@@ -65,6 +66,7 @@ class GuestMemfdClient(ServiceClient):
             mmap=mmap,
             init_shared=init_shared,
             no_private_memory=no_private_memory,
+            cgroup=cgroup,
         )
         method = self._stub.CreateGuestMemfd
         return (await self.connection.mutate(method, request, request_id)).guest_memfd
@@ -276,6 +278,32 @@ class GuestMemfdClient(ServiceClient):
         """Let go of a hold."""
         request = pb.UnpinPagesRequest(hold=hold)
         await self.connection.mutate(self._stub.UnpinPages, request, request_id)
+
+    async def inject_memory_error(
+        self,
+        *,
+        name: str,
+        offset: int,
+        kill_policy: pb.KillPolicy.ValueType = pb.KILL_POLICY_UNSPECIFIED,
+        request_id: RequestId | None = None,
+    ) -> pb.InjectMemoryErrorResponse:
+        """Give the page at `offset` a memory error; guest and host lose it.
+
+        PAGE_POISONED where it has one, FOLIO_UNKNOWN for a hole.
+        """
+        request = pb.InjectMemoryErrorRequest(
+            name=name, offset=offset, kill_policy=kill_policy
+        )
+        method = self._stub.InjectMemoryError
+        return await self.connection.mutate(method, request, request_id)
+
+    async def unpoison_memory(
+        self, *, name: str, offset: int, request_id: RequestId | None = None
+    ) -> int:
+        """Forget the memory error of a page; return its frame. FRAME_UNKNOWN."""
+        request = pb.UnpoisonMemoryRequest(name=name, offset=offset)
+        method = self._stub.UnpoisonMemory
+        return (await self.connection.mutate(method, request, request_id)).pfn
 
     async def open_view(
         self,

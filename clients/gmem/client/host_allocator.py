@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from functools import cached_property
+from typing import Final
 
 from gmem.api.host_allocator.v1 import host_allocator_pb2 as pb
 from gmem.api.host_allocator.v1 import host_allocator_pb2_grpc as pb_grpc
@@ -12,6 +13,10 @@ from gmem.client.base import ServiceClient
 from gmem.uapi.pages import PAGE_SIZE
 
 _RUNS_PER_PAGE = 1000
+
+
+NO_LIMIT: Final = -1
+"""Given as a limit of a cgroup: `max`."""
 
 
 class HostAllocatorClient(ServiceClient):
@@ -114,15 +119,22 @@ class HostAllocatorClient(ServiceClient):
         node: int | None = None,
         owner: str = "",
         use_surplus: bool = False,
+        cgroup: str = "",
+        charge_rsvd: bool = False,
         request_id: RequestId | None = None,
     ) -> int:
-        """Promise `num_pages` pages to one owner; return the reservation's handle."""
+        """Promise `num_pages` pages to one owner; return the reservation's handle.
+
+        `cgroup` is charged for the folios, and with `charge_rsvd` for the promise.
+        """
         request = pb.ReserveRequest(
             page_size=page_size,
             num_pages=num_pages,
             node=node,
             owner=owner,
             use_surplus=use_surplus,
+            cgroup=cgroup,
+            charge_rsvd=charge_rsvd,
         )
         method = self._stub.Reserve
         return (await self.connection.mutate(method, request, request_id)).handle
@@ -249,6 +261,60 @@ class HostAllocatorClient(ServiceClient):
             if not token:
                 return runs
 
+    async def create_cgroup(
+        self, name: str, *, request_id: RequestId | None = None
+    ) -> pb.Cgroup:
+        """Make a HugeTLB cgroup without limits; CGROUP_EXISTS, CGROUP_UNKNOWN."""
+        request = pb.CreateCgroupRequest(name=name)
+        method = self._stub.CreateCgroup
+        return (await self.connection.mutate(method, request, request_id)).cgroup
+
+    async def update_cgroup(
+        self,
+        name: str,
+        *,
+        page_size: int,
+        max: int | None = None,  # noqa: A002 - the file's name
+        rsvd_max: int | None = None,
+        request_id: RequestId | None = None,
+    ) -> pb.Cgroup:
+        """Write hugetlb.<size>.max and rsvd.max in bytes; None leaves one as it is.
+
+        NO_LIMIT takes one away.
+        """
+        request = pb.UpdateCgroupRequest(
+            name=name,
+            page_size=page_size,
+            max=_limit(max),
+            rsvd_max=_limit(rsvd_max),
+        )
+        method = self._stub.UpdateCgroup
+        return (await self.connection.mutate(method, request, request_id)).cgroup
+
+    async def delete_cgroup(
+        self, name: str, *, request_id: RequestId | None = None
+    ) -> None:
+        """Remove a cgroup; its charges become its parent's. OBJECT_IN_USE."""
+        request = pb.DeleteCgroupRequest(name=name)
+        await self.connection.mutate(self._stub.DeleteCgroup, request, request_id)
+
+    async def get_cgroup(self, name: str = "") -> pb.Cgroup:
+        """Return one cgroup; the root without a name. CGROUP_UNKNOWN."""
+        request = pb.GetCgroupRequest(name=name)
+        return (await self.connection.call(self._stub.GetCgroup, request)).cgroup
+
+    async def list_cgroups(self) -> list[pb.Cgroup]:
+        """Return all cgroups, by name."""
+        cgroups: list[pb.Cgroup] = []
+        token = ""
+        while True:
+            request = pb.ListCgroupsRequest(page_token=token)
+            response = await self.connection.call(self._stub.ListCgroups, request)
+            cgroups += response.cgroups
+            token = response.next_page_token
+            if not token:
+                return cgroups
+
     async def list_reservations(self) -> list[pb.Reservation]:
         """Return all reservations, by handle."""
         reservations: list[pb.Reservation] = []
@@ -266,3 +332,11 @@ class HostAllocatorClient(ServiceClient):
         """Yield changes from `start_revision` (0: from now) on; close it after use."""
         request = pb.WatchRequest(start_revision=start_revision)
         return self.connection.stream(self._stub.Watch, request)
+
+
+def _limit(limit: int | None) -> pb.CgroupLimit | None:
+    if limit is None:
+        return None
+    if limit == NO_LIMIT:
+        return pb.CgroupLimit(unlimited=True)
+    return pb.CgroupLimit(bytes=limit)

@@ -56,6 +56,7 @@ class HugetlbFile:
                 num_pages=self._num_pages,
                 owner="hugetlb file",
                 use_surplus=True,
+                charge_rsvd=True,
             )
         self._mapped = True
 

@@ -234,6 +234,11 @@ class HostAllocatorClient(_Client[aio.HostAllocatorClient]):
     list_memory_errors = _blocking(aio.HostAllocatorClient.list_memory_errors)
     unreserve = _blocking(aio.HostAllocatorClient.unreserve)
     list_reservations = _blocking(aio.HostAllocatorClient.list_reservations)
+    create_cgroup = _blocking(aio.HostAllocatorClient.create_cgroup)
+    update_cgroup = _blocking(aio.HostAllocatorClient.update_cgroup)
+    delete_cgroup = _blocking(aio.HostAllocatorClient.delete_cgroup)
+    get_cgroup = _blocking(aio.HostAllocatorClient.get_cgroup)
+    list_cgroups = _blocking(aio.HostAllocatorClient.list_cgroups)
     list_folios = _blocking(aio.HostAllocatorClient.list_folios)
 
     def watch(
@@ -266,6 +271,8 @@ class GuestMemfdClient(_Client[aio.GuestMemfdClient]):
     unpin_pages = _blocking(aio.GuestMemfdClient.unpin_pages)
     open_view = _blocking(aio.GuestMemfdClient.open_view)
     write_range = _blocking(aio.GuestMemfdClient.write_range)
+    inject_memory_error = _blocking(aio.GuestMemfdClient.inject_memory_error)
+    unpoison_memory = _blocking(aio.GuestMemfdClient.unpoison_memory)
     get_operation = _blocking(aio.GuestMemfdClient.get_operation)
     list_operations = _blocking(aio.GuestMemfdClient.list_operations)
 

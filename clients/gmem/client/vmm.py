@@ -35,10 +35,13 @@ class VmmClient(ServiceClient):
         vm_id: str,
         type: pb.VmType.ValueType = pb.VM_TYPE_SW_PROTECTED,  # noqa: A002 - the rpc's field
         lineage: str = "",
+        cgroup: str = "",
         request_id: RequestId | None = None,
     ) -> pb.Vm:
         """KVM_CREATE_VM; starts the VM's guest process."""
-        request = pb.CreateVmRequest(vm_id=vm_id, type=type, lineage=lineage)
+        request = pb.CreateVmRequest(
+            vm_id=vm_id, type=type, lineage=lineage, cgroup=cgroup
+        )
         method = self._stub.CreateVm
         return (await self.connection.mutate(method, request, request_id)).vm
 

@@ -37,6 +37,7 @@ _MEMINFO_HUGE_KB: Final = (
 )
 _INTEGERS: Final = {FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64}
 _FRAGMENTS_SHOWN: Final = 32
+_OFFSETS_SHOWN: Final = 8
 
 
 async def statistics(state: HostState) -> GetStatisticsResponse:
@@ -127,6 +128,8 @@ def print_inode(one: GuestMemfd) -> None:
         f"host views {one.host_views_open}, guest views {one.guest_views_open}",
         markup=False,
     )
+    if one.poisoned_pages:
+        print_poisoned(one)
     if one.bindings:
         rows = [
             (b.vm, b.slot, hex(b.base_gfn), hex(b.offset), format_size(b.size))
@@ -139,6 +142,14 @@ def print_inode(one: GuestMemfd) -> None:
     hidden = one.nr_fragments - min(one.nr_fragments, _FRAGMENTS_SHOWN)
     if hidden:
         console().print(f"... and {hidden} more runs")
+
+
+def print_poisoned(one: GuestMemfd) -> None:
+    """Print where an inode has memory errors."""
+    shown = ", ".join(hex(offset) for offset in one.poisoned_offsets[:_OFFSETS_SHOWN])
+    more = one.poisoned_pages - min(one.poisoned_pages, _OFFSETS_SHOWN)
+    rest = f" and {more} more" if more else ""
+    console().print(f"memory errors at {shown}{rest}", markup=False)
 
 
 def _hold_rows(one: GuestMemfd) -> list[tuple[object, ...]]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from gmem.ctl import inspection, lifecycle, options, reports
+from gmem.ctl import inspection, lifecycle, memory_errors, options, reports
 from gmem.ctl.arguments import (
     ChosenBackend,
     Host,
@@ -23,6 +23,7 @@ from gmem.ctl.arguments import (
     directory_of,
     state_of,
 )
+from gmem.ctl.cgroups import cgroup_app
 from gmem.ctl.directories import base_directory
 from gmem.ctl.elsewhere import host_elsewhere
 from gmem.ctl.errors import EPILOG, ExitStatus
@@ -43,8 +44,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+memory_errors.add_to(inode_app)
 app.add_typer(inode_app, name="inode")
+app.add_typer(memory_errors.frame_app, name="frame")
 app.add_typer(pool_app, name="pool")
+app.add_typer(cgroup_app, name="cgroup")
 app.add_typer(vm_app, name="vm")
 
 

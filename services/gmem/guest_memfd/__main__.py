@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from gmem.client import HostAllocatorClient, Patience
-from gmem.guest_memfd import restart, servicer, takeover
+from gmem.guest_memfd import memory_errors, restart, servicer, takeover
 from gmem.guest_memfd.core.effects import Record, ScheduleMerge
 from gmem.guest_memfd.core.lineage import LineageRules, rules_of
 from gmem.guest_memfd.memfd.session import MemfdSession
@@ -104,10 +104,10 @@ async def start(
     await asyncio.to_thread(kept.serving)
     service.expect_clients_again()
     await restart.finish(service, left)
-    returning = asyncio.create_task(
-        restart.return_orphans(service, allocator, left, remote.lost)
-    )
-    looking = asyncio.create_task(service.accounting.look_for_ever())
+    returning = restart.return_orphans(service, allocator, left, remote.lost)
+    hearing = memory_errors.follow(service, allocator)
+    looking = service.accounting.look_for_ever()
+    beside = [asyncio.create_task(op) for op in (returning, hearing, looking)]
     servicer.serve(runtime, service, mapped.word)
 
     # Last given comes first: clients are told, then the views end, then the rest.
@@ -115,8 +115,7 @@ async def start(
     runtime.on_stop(remote.close)
     runtime.on_stop(partial(asyncio.to_thread, partial(_end, kept, session, memory)))
     runtime.on_stop(broker.stop)
-    runtime.on_stop(partial(_cancelled, returning))
-    runtime.on_stop(partial(_cancelled, looking))
+    runtime.on_stop(partial(_cancelled, beside))
     takeover.watch_keeper(kept, runtime)
 
 
@@ -155,9 +154,10 @@ def _allocator(runtime: Runtime) -> HostAllocatorClient:
     )
 
 
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 def _end(kept: Handover, session: Views, memory: MemoryPorts) -> None:

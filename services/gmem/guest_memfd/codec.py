@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.api.types.v1 import types_pb2
+from gmem.guest_memfd.core.memory_failure import KillPolicy, MemoryFailure
 from gmem.guest_memfd.core.values import (
     Binding,
     Folio,
@@ -43,6 +44,11 @@ _HOLD_KINDS = {
 _MEANT = {
     pb.MEANT_PRIVATE: Faultability.GUEST,
     pb.MEANT_SHARED: Faultability.ALL,
+}
+_KILL_POLICIES = {
+    pb.KILL_POLICY_UNSPECIFIED: KillPolicy.DEFAULT,
+    pb.KILL_POLICY_EARLY: KillPolicy.EARLY,
+    pb.KILL_POLICY_LATE: KillPolicy.LATE,
 }
 _WIRE_HOLD_KINDS = {kind: wire for wire, kind in _HOLD_KINDS.items()}
 
@@ -215,6 +221,33 @@ def inode_to_wire(
         fragments=[_fragment_to_wire(run) for run in statistics.fragments],
         nr_fragments=statistics.nr_fragments,
         fragment_bytes=fragment_bytes,
+        cgroup=statistics.cgroup,
+        poisoned_pages=statistics.poisoned_pages,
+        poisoned_offsets=statistics.poisoned_offsets,
+    )
+
+
+def kill_policy_from_wire(wire: pb.KillPolicy.ValueType) -> KillPolicy:
+    """Return the policy; one that does not exist is refused."""
+    if wire not in _KILL_POLICIES:
+        raise BadRequest(
+            Reason.ARGUMENT_INVALID,
+            f"kill_policy {wire} is none: say KILL_POLICY_EARLY, KILL_POLICY_LATE or "
+            "nothing",
+        )
+    return _KILL_POLICIES[wire]
+
+
+def failure_to_wire(failure: MemoryFailure) -> pb.InjectMemoryErrorResponse:
+    """Return the message of what an error has taken."""
+    return pb.InjectMemoryErrorResponse(
+        pfn=failure.pfn,
+        offset=failure.pages.offset,
+        size=failure.pages.size,
+        errno=failure.errno,
+        mapped=failure.mapped,
+        signalled=failure.signalled,
+        dirty=failure.dirty,
     )
 
 

@@ -154,9 +154,9 @@ class MemoryPorts:
     def _zero(self, effect: fx.ZeroPages) -> None:
         self._contents.zero(self._tables[effect.inode], effect.pages)
 
-    def _invalidate_view(self, effect: fx.InvalidateView) -> None:
-        pages = effect.pages
-        self._session.invalidate(effect.inode, effect.view, pages.start, pages.stop)
+    def _invalidate_view(self, effect: fx.InvalidateView) -> bool:
+        start, stop = effect.pages.start, effect.pages.stop
+        return self._session.invalidate(effect.inode, effect.view, start, stop)
 
     def _quiesce_view(self, effect: fx.QuiesceView) -> None:
         pages = effect.pages

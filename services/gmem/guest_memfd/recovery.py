@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.poison import unusable
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.guest_memfd.page_states import InodeTable, runs
 from gmem.uapi.flags import Faultability
@@ -30,12 +31,16 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Misplaced:
-    """Pages that may be cached through a view that must not show them."""
+    """Pages that may be cached through a view that must not show them.
+
+    `poisoned` ones are shown in no other view either.
+    """
 
     ino: int
     view: ViewKind
     start: int
     stop: int
+    poisoned: bool = False
 
 
 def settle(table: InodeTable, inode: Inode | None) -> list[Misplaced]:
@@ -46,7 +51,8 @@ def settle(table: InodeTable, inode: Inode | None) -> list[Misplaced]:
     themselves decide: what was being taken away is shown again.
     """
     wanted = _shared(table) if inode is None else _shared_by(inode, table.nr_pages)
-    masks = {ViewKind.HOST: wanted, ViewKind.GUEST: ~wanted}
+    lost = _lost_of(inode, table.nr_pages)
+    masks = {ViewKind.HOST: wanted & ~lost, ViewKind.GUEST: ~wanted & ~lost}
     if inode is None:
         masks[ViewKind.GUEST] = table.guest != PageState.CLOSED
     misplaced: list[Misplaced] = []
@@ -56,7 +62,8 @@ def settle(table: InodeTable, inode: Inode | None) -> list[Misplaced]:
         wrong = (states[view] != PageState.CLOSED) & ~mask
         states[view][wrong] = PageState.CLOSING
         waits |= wrong
-        misplaced += [Misplaced(table.ino, view, *run) for run in runs(wrong, 0)]
+        for bad, part in ((False, wrong & ~lost), (True, wrong & lost)):
+            misplaced += [Misplaced(table.ino, view, *r, bad) for r in runs(part, 0)]
     for view, mask in masks.items():
         states[view][mask & ~waits] = PageState.OPEN
         states[view][mask & waits] = PageState.CLOSED
@@ -65,7 +72,7 @@ def settle(table: InodeTable, inode: Inode | None) -> list[Misplaced]:
 
 def finish(
     misplaced: Iterable[Misplaced],
-    invalidate: Callable[[int, ViewKind, int, int], None],
+    invalidate: Callable[[int, ViewKind, int, int], object],
     set_state: Callable[[int, ViewKind, int, int, PageState], None],
 ) -> None:
     """Take what is misplaced from every process, then show it where it belongs.
@@ -77,7 +84,16 @@ def finish(
         other = ViewKind.GUEST if part.view is ViewKind.HOST else ViewKind.HOST
         invalidate(part.ino, part.view, *pages)
         set_state(part.ino, part.view, *pages, PageState.CLOSED)
-        set_state(part.ino, other, *pages, PageState.OPEN)
+        if not part.poisoned:
+            set_state(part.ino, other, *pages, PageState.OPEN)
+
+
+def _lost_of(inode: Inode | None, nr_pages: int) -> Mask:
+    """Return the pages that a memory error has taken."""
+    mask = np.zeros(nr_pages, np.bool_)
+    for pages in unusable(inode, inode.whole) if inode is not None else ():
+        mask[pages.start : pages.stop] = True
+    return mask
 
 
 def _shared(table: InodeTable) -> Mask:

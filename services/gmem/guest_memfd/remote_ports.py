@@ -48,6 +48,8 @@ class RemotePorts:
         performer.register_remote(fx.Reconstruct, self._noticing(self._reconstruct))
         performer.register_remote(fx.Free, self._noticing(self._free))
         performer.register_remote(fx.Unreserve, self._noticing(self._unreserve))
+        performer.register_remote(fx.PoisonFrame, self._noticing(self._poison))
+        performer.register_remote(fx.UnpoisonFrame, self._noticing(self._unpoison))
         performer.register_remote(fx.InvalidateBegin, self._invalidate_begin)
         performer.register_remote(fx.InvalidateEnd, self._invalidate_end)
 
@@ -70,7 +72,11 @@ class RemotePorts:
 
     async def _reserve(self, effect: fx.Reserve) -> int:
         return await self._allocator.reserve(
-            page_size=effect.page_size, num_pages=effect.num_pages, owner=effect.owner
+            page_size=effect.page_size,
+            num_pages=effect.num_pages,
+            owner=effect.owner,
+            cgroup=effect.cgroup,
+            charge_rsvd=effect.charge_rsvd,
         )
 
     async def _count_nodes(self, effect: fx.CountNodes) -> int:
@@ -104,6 +110,12 @@ class RemotePorts:
 
     async def _unreserve(self, effect: fx.Unreserve) -> None:
         await self._allocator.unreserve(handle=effect.handle)
+
+    async def _poison(self, effect: fx.PoisonFrame) -> None:
+        await self._allocator.inject_memory_error(effect.pfn)
+
+    async def _unpoison(self, effect: fx.UnpoisonFrame) -> None:
+        await self._allocator.unpoison_memory(effect.pfn)
 
     async def _invalidate_begin(self, effect: fx.InvalidateBegin) -> None:
         vmm = self._vmm(effect.target)

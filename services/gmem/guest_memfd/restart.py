@@ -1,7 +1,7 @@
 """What a restarted service knows: from its journal, the allocator, the page states.
 
     journal        inodes, faultability, bindings, holds, after each finished operation
-    allocator      which folios are out for an inode, and which of them are split
+    allocator      which folios are out for an inode, which are split, and poisoned
     page states    which folio is where, what was filled (in the keeper's hands)
 
 The journal is believed, but for folios, where the allocator knows more, and of a folio
@@ -26,6 +26,7 @@ from gmem.effects import Op, perform
 from gmem.guest_memfd import codec
 from gmem.guest_memfd.core.effects import Unreserve
 from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.poison import believe_errors
 from gmem.guest_memfd.core.restoring import (
     LiveFolio,
     give_back,
@@ -34,6 +35,7 @@ from gmem.guest_memfd.core.restoring import (
 )
 from gmem.guest_memfd.core.rows import inode_changes
 from gmem.guest_memfd.core.values import Folio
+from gmem.guest_memfd.memory_errors import errors_by_handle
 from gmem.guest_memfd.page_states import InodeTable
 from gmem.guest_memfd.service import GuestMemfdService
 from gmem.guest_memfd.view.handover import Handover
@@ -69,6 +71,7 @@ async def restore(
     core, left = service.core, Leftovers()
     core.restore(journal.rows, epoch)
     journal.loaded()
+    errors = await _patiently(partial(errors_by_handle, allocator))
     journal.record({"epoch": epoch})
     for number in core.numbers:
         inode = core.inode(number)
@@ -81,6 +84,7 @@ async def restore(
         table = kept.tables.get(number)
         attached = {} if table is None else _attached(table)
         left.folios[inode.handle] = reconcile(inode, live, attached)
+        believe_errors(inode, (errors or {}).get(inode.handle, {}))
         kept.tables[number] = fit(table or _new_table(inode, service, kept), inode)
         journal.record(inode_changes(inode, settled=True))
     _drop_unknown(service, kept)

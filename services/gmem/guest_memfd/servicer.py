@@ -116,6 +116,7 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
             mmap=request.mmap,
             init_shared=request.init_shared,
             private_memory=not request.no_private_memory,
+            cgroup=request.cgroup,
         )
         number = await self._service.run(self._core.create(options))
         self._service.record(
@@ -345,6 +346,29 @@ class GuestMemfdServicer(pb_grpc.GuestMemfdServiceServicer):
         """End a hold."""
         await self._service.run(self._core.unpin(request.hold))
         return pb.UnpinPagesResponse()
+
+    # Memory errors.
+
+    async def InjectMemoryError(
+        self, request: pb.InjectMemoryErrorRequest, context: Context
+    ) -> pb.InjectMemoryErrorResponse:
+        """Poison a page."""
+        number = self._names.inode(request.name)
+        kill = codec.kill_policy_from_wire(request.kill_policy)
+        failure = await self._service.run(
+            self._core.inject_memory_error(number, request.offset, kill)
+        )
+        self._service.record("inode.poisoned", number, offset=hex(request.offset))
+        return codec.failure_to_wire(failure)
+
+    async def UnpoisonMemory(
+        self, request: pb.UnpoisonMemoryRequest, context: Context
+    ) -> pb.UnpoisonMemoryResponse:
+        """Forget the error of a page."""
+        number = self._names.inode(request.name)
+        pfn = await self._service.run(self._core.unpoison(number, request.offset))
+        self._service.record("inode.unpoisoned", number, offset=hex(request.offset))
+        return pb.UnpoisonMemoryResponse(pfn=pfn)
 
     # What dead inodes left behind.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from gmem.api.host_allocator.v1 import host_allocator_pb2 as pb
 from gmem.api.types.v1 import types_pb2
+from gmem.host_allocator.core.cgroups import Cgroup
 from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.values import (
     BootPool,
@@ -131,6 +132,46 @@ def folio_run_to_wire(run: FolioRun) -> pb.FolioRun:
     """Return the message of neighbouring folios."""
     first = folio_to_wire(run.first)
     return pb.FolioRun(first=first, nr_folios=run.nr_folios, split=run.split)
+
+
+def cgroup_to_wire(cgroup: Cgroup) -> pb.Cgroup:
+    """Return the message of a cgroup: pages become bytes."""
+    counters = [
+        pb.CgroupCounters(
+            page_size=size,
+            current=each.usage.usage * size,
+            max=_bytes(each.usage.max, size),
+            max_usage=each.usage.watermark * size,
+            rsvd_current=each.rsvd.usage * size,
+            rsvd_max=_bytes(each.rsvd.max, size),
+            rsvd_max_usage=each.rsvd.watermark * size,
+            events_max=each.events,
+            events_local_max=each.events_local,
+        )
+        for size, each in cgroup.sizes.items()
+    ]
+    return pb.Cgroup(name=cgroup.name, counters=counters)
+
+
+def limits_from_wire(request: pb.UpdateCgroupRequest) -> list[tuple[bool, int | None]]:
+    """Return what is to be set: whether rsvd, and bytes or None for no limit."""
+    limits: list[tuple[bool, int | None]] = []
+    for rsvd, word in ((False, "max"), (True, "rsvd_max")):
+        limit: pb.CgroupLimit = getattr(request, word)
+        if limit.WhichOneof("kind") == "bytes":
+            limits.append((rsvd, limit.bytes))
+        elif limit.unlimited:
+            limits.append((rsvd, None))
+    if not limits:
+        raise BadRequest(
+            Reason.ARGUMENT_INVALID,
+            "neither max nor rsvd_max is given: set one, to bytes or unlimited",
+        )
+    return limits
+
+
+def _bytes(pages: int | None, page_size: int) -> int | None:
+    return None if pages is None else pages * page_size
 
 
 def poisoned_to_wire(frame: PoisonedFrame) -> pb.PoisonedFrame:

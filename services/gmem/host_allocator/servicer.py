@@ -16,7 +16,8 @@ from gmem.api.host_allocator.v1 import host_allocator_pb2 as pb
 from gmem.api.host_allocator.v1 import host_allocator_pb2_grpc as pb_grpc
 from gmem.host_allocator import codec
 from gmem.host_allocator.core.host_memory import HostMemory
-from gmem.host_allocator.core.values import Folio, PoisonedFrame
+from gmem.host_allocator.core.values import Charging, Folio, PoisonedFrame
+from gmem.host_allocator.servicer_cgroups import CgroupCalls
 from gmem.runtime.paging import paginate
 from gmem.runtime.server import Runtime
 from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES
@@ -32,8 +33,11 @@ async def start(runtime: Runtime, memory: HostMemory) -> None:
     runtime.add(add, servicer, descriptor)
 
 
-class HostAllocatorServicer(pb_grpc.HostAllocatorServiceServicer):
-    """The methods of the rpcs; their tables in the .proto say what they refuse."""
+class HostAllocatorServicer(CgroupCalls):
+    """The methods of the rpcs; their tables in the .proto say what they refuse.
+
+    Those about cgroups are in `servicer_cgroups`.
+    """
 
     def __init__(self, runtime: Runtime, memory: HostMemory) -> None:
         """Answer from `memory`; tell the watchers of `runtime` what changed."""
@@ -196,6 +200,7 @@ class HostAllocatorServicer(pb_grpc.HostAllocatorServiceServicer):
             node,
             request.owner,
             use_surplus=request.use_surplus,
+            charging=Charging(request.cgroup, request.charge_rsvd),
         )
         self._record("reserved", handle, num_pages=request.num_pages)
         return pb.ReserveResponse(handle=handle)

@@ -84,6 +84,8 @@ class Reason(StrEnum):
     FOLIO_UNKNOWN = "FOLIO_UNKNOWN"
     FRAME_UNKNOWN = "FRAME_UNKNOWN"
     OPERATION_UNKNOWN = "OPERATION_UNKNOWN"
+    CGROUP_UNKNOWN = "CGROUP_UNKNOWN"
+    CGROUP_EXISTS = "CGROUP_EXISTS"
     FOLIO_STATE = "FOLIO_STATE"
     HOLDER_UNKNOWN = "HOLDER_UNKNOWN"
     TOKEN_UNKNOWN = "TOKEN_UNKNOWN"  # noqa: S105 - a reason, not a secret
@@ -118,6 +120,7 @@ class Reason(StrEnum):
     NODE_EMPTY = "NODE_EMPTY"
     BASE_MEMORY_EMPTY = "BASE_MEMORY_EMPTY"
     VMEMMAP_RESTORE_FAILED = "VMEMMAP_RESTORE_FAILED"
+    CGROUP_LIMIT = "CGROUP_LIMIT"
     LIMIT_REACHED = "LIMIT_REACHED"
     # Pages.
     PAGE_NOT_FAULTABLE = "PAGE_NOT_FAULTABLE"
@@ -288,6 +291,7 @@ _ROWS: list[ErrorRow] = [
         _R.INODE_UNKNOWN,
         _R.FOLIO_UNKNOWN,
         _R.FRAME_UNKNOWN,
+        _R.CGROUP_UNKNOWN,
         _R.OPERATION_UNKNOWN,
         _R.HOLDER_UNKNOWN,
         _R.TOKEN_UNKNOWN,
@@ -302,6 +306,7 @@ _ROWS: list[ErrorRow] = [
         _R.MEMSLOT_OVERLAP,
         _R.VM_EXISTS,
         _R.VCPU_EXISTS,
+        _R.CGROUP_EXISTS,
         _R.PAGE_PREPARED,
     ),
     *_rows(
@@ -325,6 +330,7 @@ _ROWS: list[ErrorRow] = [
         _R.NODE_EMPTY,
         _R.BASE_MEMORY_EMPTY,
         _R.VMEMMAP_RESTORE_FAILED,
+        _R.CGROUP_LIMIT,
         _R.LIMIT_REACHED,
     ),
     *_rows(

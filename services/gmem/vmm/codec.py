@@ -73,6 +73,7 @@ def vm_to_wire(vm: Vm) -> pb.Vm:
         name=vm.name,
         type=_WIRE_TYPES[vm.type],
         lineage=vm.lineage.value,
+        cgroup=vm.cgroup,
         memslots=[_memslot_to_wire(vm, slot) for slot in vm.memslots],
         vcpus=sorted(vm.vcpus),
         guest_pid=vm.guest_pid,

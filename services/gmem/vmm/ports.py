@@ -86,6 +86,7 @@ class GuestMemfdPort:
             mmap=effect.mmap,
             init_shared=effect.init_shared,
             no_private_memory=not effect.private_memory,
+            cgroup=effect.cgroup,
         )
         return made.name
 

@@ -84,7 +84,7 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
         del context
         vm_type = codec.vm_type_from_wire(request.type)
         lineage = codec.lineage_from_wire(request.lineage)
-        op = self._registry.create(request.vm_id, vm_type, lineage)
+        op = self._registry.create(request.vm_id, vm_type, lineage, request.cgroup)
         vm = await self._runner.run(op)
         if not self._guests.get(vm.name).alive:
             self.guest_gone(vm.name)

@@ -25,6 +25,7 @@ from gmem.guest_memfd.core.effects import (
 from gmem.guest_memfd.core.exposure import require_value, show
 from gmem.guest_memfd.core.folios import fill
 from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.poison import require_usable
 from gmem.uapi.flags import Faultability
 from gmem.uapi.pages import PgRange
 
@@ -32,8 +33,12 @@ _WAY_OUT = "convert it to shared first"
 
 
 def require_shared(inode: Inode, pages: PgRange) -> None:
-    """Raise NotFaultable (PAGE_NOT_FAULTABLE) at the first private page."""
+    """Raise NotFaultable (PAGE_NOT_FAULTABLE) at the first private page.
+
+    And Poisoned (PAGE_POISONED) at the first with a memory error.
+    """
     require_value(inode, pages, Faultability.ALL, _WAY_OUT)
+    require_usable(inode, pages)
 
 
 def read_bytes(inode: Inode, offset: int, size: int) -> Op[bytes]:

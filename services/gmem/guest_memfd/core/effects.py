@@ -41,12 +41,16 @@ FOLIO_BATCH_MAX: Final = 512
 class Reserve(Effect[int]):
     """Reserve `num_pages` folios of `page_size` bytes for `owner`; reply: the handle.
 
-    Exhausted (POOL_EMPTY, NODE_EMPTY) when they cannot be promised.
+    `cgroup` is charged for folios, with `charge_rsvd` for the reservation as well.
+    NoSuchObject (CGROUP_UNKNOWN); Exhausted (CGROUP_LIMIT, POOL_EMPTY, NODE_EMPTY) when
+    they cannot be promised.
     """
 
     page_size: int
     num_pages: int
     owner: str
+    cgroup: str = ""
+    charge_rsvd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,8 @@ class CountNodes(Effect[int]):
 class Allocate(Effect[tuple[Folio, ...]]):
     """Take folios of a reservation; the reply has at least one, at most `nr_folios`.
 
-    Exhausted (SUBPOOL_EMPTY, POOL_EMPTY, BASE_MEMORY_EMPTY) when there is none.
+    Exhausted (SUBPOOL_EMPTY, CGROUP_LIMIT, POOL_EMPTY, BASE_MEMORY_EMPTY) when there is
+    none.
     """
 
     handle: int
@@ -102,6 +107,20 @@ class Unreserve(Effect[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class PoisonFrame(Effect[None]):
+    """Give a frame a memory error; Poisoned (PAGE_POISONED) where it has one."""
+
+    pfn: Pfn
+
+
+@dataclass(frozen=True, slots=True)
+class UnpoisonFrame(Effect[None]):
+    """Forget the memory error of a frame; NoSuchObject (FRAME_UNKNOWN)."""
+
+    pfn: Pfn
+
+
+@dataclass(frozen=True, slots=True)
 class InvalidateBegin(Effect[None]):
     """Have the VMM at `target` zap `gfns` of `vm` and hold its vCPUs off them."""
 
@@ -120,10 +139,11 @@ class InvalidateEnd(Effect[None]):
 
 
 @dataclass(frozen=True, slots=True)
-class InvalidateView(Effect[None]):
+class InvalidateView(Effect[bool]):
     """Unmap pages of a view from every process, dirty bytes stored first.
 
-    Exactly `pages`; they are CLOSING (or nobody can reach them any more).
+    Exactly `pages`; they are CLOSING (or nobody can reach them any more). Reply:
+    whether there were dirty bytes.
     """
 
     inode: int
@@ -388,6 +408,8 @@ REMOTE: Final = (
     Reconstruct,
     Free,
     Unreserve,
+    PoisonFrame,
+    UnpoisonFrame,
     InvalidateBegin,
     InvalidateEnd,
 )

@@ -3,6 +3,7 @@
     faultability   host view   guest view
     ALL            OPEN        CLOSED
     GUEST          CLOSED      OPEN
+    poisoned       CLOSED      CLOSED
     changing       CLOSED      CLOSED
 
 Only operations with the invalidate_lock held exclusively call these. Withdrawing is
@@ -17,6 +18,7 @@ from typing import Final
 from gmem.effects import Op, perform
 from gmem.guest_memfd.core.effects import InvalidateView, SetViewState
 from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.poison import usable
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.uapi.errors import NotFaultable, Reason
 from gmem.uapi.flags import Faultability
@@ -28,32 +30,39 @@ VIEW_OF: Final = {
 }
 
 
-def withdraw(inode: Inode, view: ViewKind, pages: PgRange) -> Op[None]:
-    """Make pages unreachable through a view, for every process."""
+def withdraw(inode: Inode, view: ViewKind, pages: PgRange) -> Op[bool]:
+    """Make pages unreachable through a view, for every process.
+
+    Tells whether bytes came back that were not stored yet.
+    """
     number = inode.number
     yield from perform(SetViewState(number, view, pages, PageState.CLOSING))
-    yield from perform(InvalidateView(number, view, pages))
+    dirty = yield from perform(InvalidateView(number, view, pages))
     yield from perform(SetViewState(number, view, pages, PageState.CLOSED))
+    return dirty
 
 
-def withdraw_value(inode: Inode, pages: PgRange, value: Faultability) -> Op[None]:
-    """Withdraw those of `pages` that have a value, from the view that shows them."""
+def withdraw_value(inode: Inode, pages: PgRange, value: Faultability) -> Op[bool]:
+    """Withdraw those of `pages` that have a value, from the view that shows them.
+
+    Tells whether bytes came back that were not stored yet.
+    """
     runs = inode.faultability.runs_of(pages, value)
-    if runs:
-        for run in runs:
-            inode.transit.add(run)
-        hull = PgRange(runs[0].start, runs[-1].stop)
-        yield from withdraw(inode, VIEW_OF[value], hull)
+    if not runs:
+        return False
+    for run in runs:
+        inode.transit.add(run)
+    hull = PgRange(runs[0].start, runs[-1].stop)
+    return (yield from withdraw(inode, VIEW_OF[value], hull))
 
 
 def show(inode: Inode, pages: PgRange) -> Op[None]:
-    """Open each page's view, as faultability says."""
+    """Open each page's view, as faultability says; of poisoned pages none."""
     inode.transit.discard(pages)
     for fragment in list(inode.faultability.runs(pages)):
         view = VIEW_OF[fragment.faultability]
-        yield from perform(
-            SetViewState(inode.number, view, fragment.pages, PageState.OPEN)
-        )
+        for part in usable(inode, fragment.pages):
+            yield from perform(SetViewState(inode.number, view, part, PageState.OPEN))
 
 
 def require_value(

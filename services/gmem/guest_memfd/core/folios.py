@@ -25,9 +25,11 @@ from gmem.guest_memfd.core.effects import (
     Reconstruct,
     Split,
 )
+from gmem.guest_memfd.core.exposure import show
 from gmem.guest_memfd.core.filemap import Entry
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.invalidation import invalidate_begin
+from gmem.guest_memfd.core.poison import unusable
 from gmem.guest_memfd.core.references import Orphan
 from gmem.guest_memfd.core.values import Folio
 from gmem.uapi.errors import OPERATION_ERRORS
@@ -178,6 +180,7 @@ def _split_unattached(inode: Inode, index: int) -> Op[None]:
     entry = _entry(inode, index)
     if entry.split:
         return
+    lost = unusable(inode, inode.unit_of(index))
     try:
         yield from perform(Split(inode.handle, entry.folio))
     except OPERATION_ERRORS:
@@ -185,6 +188,8 @@ def _split_unattached(inode: Inode, index: int) -> Op[None]:
         # may have been attached before: the next folio here is not filled.
         yield from perform(ClearUptodate(inode.number, inode.unit_of(index)))
         yield from _drop(inode, [index])
+        for part in [hole for run in lost for hole in inode.transit.holes(run)]:
+            yield from show(inode, part)
         raise
     inode.filemap.set_split(index, split=True)
     if not inode.rules.restructure.keeps_content:
@@ -223,6 +228,8 @@ def _drop(inode: Inode, indexes: list[int]) -> Op[None]:
     for index in indexes:
         entry = inode.filemap.remove(index)
         unit = inode.unit_of(index)
+        # The allocator knows of the errors; another folio here has none.
+        inode.poisoned.discard(unit)
         if not inode.references.orphan(unit, entry.folio, split=entry.split):
             freed.append(entry.folio)
             # Its hold ended a moment ago: nobody reconstructed it.

@@ -8,6 +8,7 @@ held; then it is evicted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from gmem.effects import Lock
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gmem.guest_memfd.core.lineage import LineageRules
 
 FRAGMENTS_LISTED_MAX: Final = 1024
+POISONED_LISTED_MAX: Final = 1024
 _BLOCK_SHIFT: Final = 9
 
 
@@ -36,7 +38,8 @@ class InodeOptions:
 
     `vm` alone may bind the file; empty: the first VM that binds it. `support_shared`
     and `init_private` are the 51-patch series' flags, `mmap` and `init_shared` those of
-    mainline. `private_memory`: the VM is of a type that has it.
+    mainline. `private_memory`: the VM is of a type that has it. `cgroup` pays for huge
+    folios; empty: the root.
     """
 
     size: int
@@ -49,13 +52,15 @@ class InodeOptions:
     mmap: bool = False
     init_shared: bool = False
     private_memory: bool = True
+    cgroup: str = ""
 
 
 class Inode:
     """The state of inode `number`, reserved under `handle` at the allocator.
 
-    `transit` are the pages that an operation has withdrawn from their view; `users`
-    counts operations under way, `uses` all there ever were; `gone` is set when eviction
+    `transit` are the pages that an operation has withdrawn from their view; `poisoned`
+    those with a memory error, of folios that are in the filemap; `users` counts
+    operations under way, `uses` all there ever were; `gone` is set when eviction
     begins; `told` are rows as the journal has them.
     """
 
@@ -80,6 +85,7 @@ class Inode:
         self.bindings = Bindings(nr_pages)
         self.transit = PageSet(nr_pages)
         self.mempolicies = MemPolicies(options.mempolicy)
+        self.poisoned = PageSet(nr_pages)
         self.file_open = True
         self.gone = False
         self.users = 0
@@ -141,7 +147,15 @@ class Inode:
             fragments=self.faultability.first_fragments(FRAGMENTS_LISTED_MAX),
             nr_fragments=self.faultability.nr_fragments,
             rollback_warnings=self.rollback_warnings,
+            cgroup=self.options.cgroup,
+            poisoned_pages=self.poisoned.count,
+            poisoned_offsets=self._poisoned_offsets(),
         )
+
+    def _poisoned_offsets(self) -> tuple[int, ...]:
+        runs = self.poisoned.members(self.whole)
+        pages = (page << PAGE_SHIFT for run in runs for page in run)
+        return tuple(islice(pages, POISONED_LISTED_MAX))
 
     def check(self) -> None:
         """Assert what is cheap to look at; every operation ends with it."""
@@ -164,6 +178,13 @@ class Inode:
         assert self.folio_locks.idle, self.number
         assert not self.transit, self.number
         self._check_structure()
+        self._check_poisoned()
+
+    def _check_poisoned(self) -> None:
+        """Assert that memory errors are those of folios that are there."""
+        for run in self.poisoned.members(self.whole):
+            for index in run.huge_starts(self.order):
+                assert self.filemap.is_present(index), (self.number, run)
 
     def _check_structure(self) -> None:
         """Assert that the views reach no whole folio that has a shared page."""

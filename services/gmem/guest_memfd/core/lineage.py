@@ -32,6 +32,10 @@ from gmem.guest_memfd.core.in_use import (
     anything_is_freeable,
     require_unreferenced_if_split,
 )
+from gmem.guest_memfd.core.memory_failure import (
+    MemoryFailurePolicy,
+    delayed_is_failed,
+)
 from gmem.guest_memfd.core.restructure import Eager, RestructurePolicy
 from gmem.uapi.flags import (
     KVM_GMEM_CONVERT_PRIVATE,
@@ -59,6 +63,7 @@ class Operation(Enum):
     CONVERT = "convert"
     EVICT = "evict"
     SET_MEMPOLICY = "set_mempolicy"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,8 @@ class LineageRules:
     `fallocates_folios` whether fallocate takes whole folios alone;
     `holds_keep_inode` whether a page that is held keeps its inode alive;
     `mempolicy_by_range` whether the file has memory policies of its own (mbind);
-    `counts_base_pages` whether st_blocks counts pages of 4K, too. The others are
+    `counts_base_pages` whether st_blocks counts pages of 4K, too; `charges_rsvd`
+    whether a cgroup pays for reservations. The others are
     policies.
     """
 
@@ -86,6 +92,8 @@ class LineageRules:
     holds_keep_inode: bool
     evict_folios: EvictPolicy
     mempolicy_by_range: bool
+    memory_failure: MemoryFailurePolicy
+    charges_rsvd: bool
     counts_base_pages: bool = True
 
     def counts_blocks(self, page_size: int) -> bool:
@@ -111,6 +119,7 @@ _RFC_V1_MODES: Final[Mapping[Operation, Mode | None]] = {
     Operation.CONVERT: Mode.EXCLUSIVE,
     Operation.EVICT: Mode.EXCLUSIVE,
     Operation.SET_MEMPOLICY: None,
+    Operation.ERROR: Mode.EXCLUSIVE,
 }
 
 _RFC_V2_IOCTLS: Final = frozenset((KVM_GMEM_CONVERT_SHARED, KVM_GMEM_CONVERT_PRIVATE))
@@ -128,6 +137,8 @@ _IN_PLACE: Final = LineageRules(
     holds_keep_inode=False,
     evict_folios=merge_then_free_page_by_page,
     mempolicy_by_range=True,
+    memory_failure=delayed_is_failed,
+    charges_rsvd=True,
 )
 
 RULES: Final[Mapping[Lineage, LineageRules]] = {
@@ -143,6 +154,8 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         holds_keep_inode=True,
         evict_folios=free_at_once,
         mempolicy_by_range=False,
+        memory_failure=delayed_is_failed,
+        charges_rsvd=False,
     ),
     Lineage.RFC_V2: LineageRules(
         lock_modes={**_RFC_V1_MODES, Operation.GET_PFN: Mode.SHARED},
@@ -157,6 +170,8 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         evict_folios=free_page_by_page,
         mempolicy_by_range=False,
         counts_base_pages=False,
+        memory_failure=delayed_is_failed,
+        charges_rsvd=True,
     ),
     Lineage.IN_PLACE: _IN_PLACE,
     Lineage.MAINLINE: LineageRules(
@@ -172,6 +187,8 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         evict_folios=free_page_by_page,
         mempolicy_by_range=True,
         counts_base_pages=False,
+        memory_failure=delayed_is_failed,
+        charges_rsvd=True,
     ),
 }
 

@@ -40,6 +40,7 @@ from gmem.guest_memfd.core.invalidation import (
 )
 from gmem.guest_memfd.core.lineage import Operation
 from gmem.guest_memfd.core.mempolicies import require_mempolicy, require_nodes
+from gmem.guest_memfd.core.poison import require_usable, unusable
 from gmem.guest_memfd.core.restructure import retire_whole_folios
 from gmem.guest_memfd.core.rows import record
 from gmem.guest_memfd.core.values import (
@@ -146,6 +147,7 @@ def host_fault(inode: Inode, pgoff: PgOff) -> Op[FaultOutcome]:
     if inode.faultability[pgoff] is Faultability.GUEST:
         return Sigbus(Reason.PAGE_NOT_FAULTABLE)
     try:
+        require_usable(inode, PgRange(pgoff, pgoff + 1))
         entry = yield from get_folio(inode, pgoff)
     except KernelError as error:
         return Sigbus(error.reason)
@@ -166,7 +168,8 @@ def get_pfn(
 
     `meant` is the kind of page that the access is for, where the file decides which it
     is (kvm_gmem_is_private()); None takes either. `nr_pages` shared ones are wanted.
-    InUse: BINDING_MISSING (EFAULT), BINDING_BROKEN (EIO); Exhausted as get_folio.
+    InUse: BINDING_MISSING (EFAULT), BINDING_BROKEN (EIO); Poisoned: PAGE_POISONED;
+    Exhausted as get_folio.
     """
     while True:
         bound = inode.bindings.require_gfn(vm, slot, gfn)
@@ -190,6 +193,7 @@ def get_pfn(
         is_bound_still = inode.bindings.require_gfn(vm, slot, gfn) is bound
         if is_bound_still and inode.filemap.get(unit.start) == entry:
             break
+    require_usable(inode, PgRange(pgoff, pgoff + 1))
     pfn = Pfn(entry.folio.pfn + pgoff - unit.start)
     order = 0 if entry.split else inode.order
     if inode.faultability[pgoff] is Faultability.ALL:
@@ -221,6 +225,9 @@ def _reach_shared(
     """Hand out the shared pages from `pgoff` on, as far as they are wanted."""
     wanted = PgRange(pgoff, pgoff + nr_pages).intersection(bound.binding.pages)
     reach = inode.faultability.runs_of(wanted, Faultability.ALL)[0]
+    lost = unusable(inode, PgRange(pgoff + 1, max(pgoff + 1, reach.stop)))
+    if lost:
+        reach = PgRange(reach.start, lost[0].start)
     bound.handed_out.add(reach)
     return GuestPage(Pfn(pfn), order, shared=True, nr_pages=len(reach))
 
@@ -289,9 +296,11 @@ def close(inode: Inode) -> Op[None]:
 def pin(inode: Inode, hold: Hold) -> Op[None]:
     """Take a hold on shared pages, with a folio behind each (get_user_pages()).
 
-    NotFaultable (PAGE_NOT_FAULTABLE) at the first private page.
+    NotFaultable (PAGE_NOT_FAULTABLE) at the first private page, Poisoned
+    (PAGE_POISONED) at the first with a memory error.
     """
     require_value(inode, hold.pages, Faultability.ALL, "convert it to shared first")
+    require_usable(inode, hold.pages)
     inode.references.require_room()
     yield from fill(inode, hold.pages)
 
@@ -312,11 +321,13 @@ def populate(
 ) -> Op[None]:
     """Write launch-time content into private pages (kvm_gmem_populate()).
 
-    NotFaultable at the first shared page; ObjectExists (PAGE_PREPARED) when a page
-    has content. The guest view is withdrawn meanwhile: a guest that reads would have
-    the page zeroed and marked as filled.
+    NotFaultable at the first shared page; Poisoned (PAGE_POISONED) at the first with a
+    memory error; ObjectExists (PAGE_PREPARED) when a page has content. The guest view
+    is withdrawn meanwhile: a guest that reads would have the page zeroed and marked as
+    filled.
     """
     require_value(inode, pages, Faultability.GUEST, "convert it to private first")
+    require_usable(inode, pages)
     try:
         yield from withdraw_value(inode, pages, Faultability.GUEST)
         yield from _require_unprepared(inode, pages)

@@ -21,6 +21,7 @@ from gmem.guest_memfd.core.checks import (
 )
 from gmem.guest_memfd.core.convert_calls import ConvertCalls
 from gmem.guest_memfd.core.effects import AddInode, Record, Reserve, Unreserve
+from gmem.guest_memfd.core.error_calls import ErrorCalls
 from gmem.guest_memfd.core.exposure import show
 from gmem.guest_memfd.core.hold_calls import HoldCalls
 from gmem.guest_memfd.core.inode import Inode, InodeOptions
@@ -48,7 +49,7 @@ from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SIZE, Gfn, PgOff, PgRange
 
 
-class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
+class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls, ErrorCalls):
     """All inodes; `owner` is what reservations are called after.
 
     `rules` are those of the host that is emulated: see `lineage.rules_of`.
@@ -68,7 +69,7 @@ class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
         """Make an inode; return its number (KVM_CREATE_GUEST_MEMFD).
 
         BadRequest: FLAG_UNKNOWN, FLAG_COMBINATION, SIZE_INVALID, PAGE_SIZE_UNKNOWN.
-        Exhausted: POOL_EMPTY.
+        NoSuchObject: CGROUP_UNKNOWN. Exhausted: CGROUP_LIMIT, POOL_EMPTY.
         """
         rules = self._rules[options.lineage]
         rules.creation.require(options)
@@ -78,7 +79,15 @@ class GuestMemfdCore(ByteCalls, ConvertCalls, HoldCalls):
 
         nr_folios = options.size // options.page_size
         owner = f"{self._owner}/{number}"
-        handle = yield from perform(Reserve(options.page_size, nr_folios, owner))
+        handle = yield from perform(
+            Reserve(
+                options.page_size,
+                nr_folios,
+                owner,
+                options.cgroup,
+                rules.charges_rsvd,
+            )
+        )
         mmap = rules.creation.host_mmap(options)
         try:
             added = AddInode(

@@ -136,6 +136,7 @@ def _restore(
         mmap=head["mmap"],
         init_shared=head["init_shared"],
         private_memory=head["private_memory"],
+        cgroup=head["cgroup"],
     )
     inode = Inode(number, options, head["handle"], table[lineage])
     inode.vm, inode.file_open = head["vm"], head["file_open"]

@@ -9,6 +9,9 @@ clears the folio's uptodate flag: the whole huge page is zeroed on next use, its
 neighbours too, so they are withdrawn from the guest meanwhile. A plain reference does
 not stop a reconstruction.
 
+A split folio with a memory error is not made whole: the guest would lose all of it. A
+whole one that is split loses the bad page alone from then on (docs/adr/0021).
+
 The 51-patch series rounds *out*, and keeps the flags and with them every byte. Frames
 do not move, so nobody beside the range notices.
 """
@@ -20,7 +23,7 @@ from typing import Protocol
 
 from gmem.effects import Effect, Op, perform
 from gmem.guest_memfd.core.effects import ClearUptodate, Reconstruct, Split
-from gmem.guest_memfd.core.exposure import with_withdrawn_guest
+from gmem.guest_memfd.core.exposure import show, with_withdrawn_guest
 from gmem.guest_memfd.core.filemap import Entry
 from gmem.guest_memfd.core.folios import detach
 from gmem.guest_memfd.core.inode import Inode
@@ -97,7 +100,15 @@ def _match_unit(inode: Inode, index: int) -> Op[None]:
         entry = inode.filemap.get(index)
         if entry is None or entry.split is inode.wants_split(index):
             return
+        unit = inode.unit_of(index)
+        is_bad = inode.poisoned.any_in(unit)
+        if is_bad and entry.split:
+            return
         yield from _restructure(inode, index, entry)
+        if is_bad:
+            # What was lost with the bad page is back.
+            for part in inode.shown_private(unit):
+                yield from show(inode, part)
     finally:
         yield from inode.folio_locks.give(held)
 

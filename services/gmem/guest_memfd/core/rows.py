@@ -93,6 +93,7 @@ def _head(inode: Inode) -> Changes:
         "mmap": options.mmap,
         "init_shared": options.init_shared,
         "private_memory": options.private_memory,
+        "cgroup": options.cgroup,
         "handle": inode.handle,
         "vm": inode.vm,
         "file_open": inode.file_open,

@@ -229,6 +229,7 @@ class InodeStatistics:
     """A snapshot of one inode: fstat's fields, its folios, who holds what.
 
     `fragments` lists the first FRAGMENTS_LISTED_MAX runs; `nr_fragments` counts all.
+    `poisoned_offsets` are those of the first POISONED_LISTED_MAX pages with an error.
     `orphaned_folios` were punched while somebody held them. `rollback_warnings` counts
     what the series reports by WARN_ON: a rollback that could not be finished.
     """
@@ -253,3 +254,6 @@ class InodeStatistics:
     fragments: tuple[Fragment, ...]
     nr_fragments: int
     rollback_warnings: int
+    cgroup: str
+    poisoned_pages: int
+    poisoned_offsets: tuple[int, ...]

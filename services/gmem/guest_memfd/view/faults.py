@@ -121,6 +121,8 @@ class Faults:
             self._counters.add("writes_refused")
             return -errno.EINVAL
         with node.lock:
+            if node.write_watches:
+                node.note_write(view, offset, len(data))
             outcome = node.write(
                 view, offset, data, writeback=bool(write_flags & WRITE_CACHE)
             )

@@ -63,6 +63,16 @@ class Watch:
     answered: set[int] = field(default_factory=set)
 
 
+@dataclass(eq=False, slots=True)
+class WriteWatch:
+    """Pages `[start, stop)` of a view of which somebody asks whether they are dirty."""
+
+    view: ViewKind
+    start: int
+    stop: int
+    seen: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ReadVerdict:
     """One of three: data (pieces of the store), an errno, or a reason to wait."""
@@ -106,6 +116,7 @@ class ViewNode(PageAccess[InodeTable]):
         self.lock = threading.Lock()
         self.parked: dict[int, ParkedRead] = {}
         self.watches: list[Watch] = []
+        self.write_watches: list[WriteWatch] = []
 
     def read(
         self, view: ViewKind, offset: int, size: int, *, held: bool = True
@@ -137,6 +148,13 @@ class ViewNode(PageAccess[InodeTable]):
                 return _WAIT_HELD if stop - first == 1 else _EIO
             watch.answered.update(range(first, stop))
         return None
+
+    def note_write(self, view: ViewKind, offset: int, size: int) -> None:
+        """Tell who asks of a WRITE that has arrived."""
+        first, stop = offset >> PAGE_SHIFT, (offset + size + _PAGE_MASK) >> PAGE_SHIFT
+        for watch in self.write_watches:
+            if watch.view is view and watch.start < stop and first < watch.stop:
+                watch.seen = True
 
     def set_state(
         self, view: ViewKind, start: int, stop: int, state: PageState

@@ -34,7 +34,7 @@ from gmem.guest_memfd.view.dispatcher import Dispatch, Dispatcher
 from gmem.guest_memfd.view.faults import FAULT_WAIT_MAX, Faults, Scanner
 from gmem.guest_memfd.view.files import Files, open_by_name, open_by_secret
 from gmem.guest_memfd.view.invalidator import SYNC_PAGES_MIN, Invalidator
-from gmem.guest_memfd.view.node import ViewNode
+from gmem.guest_memfd.view.node import ViewNode, WriteWatch
 from gmem.guest_memfd.view.quiesce import Revoker, Runs
 from gmem.guest_memfd.view.revokers import Revokers
 from gmem.runtime.backend import Backend
@@ -177,14 +177,23 @@ class ViewSession:
         """
         self._faults.set_state(self._node(ino), view, start, stop, state)
 
-    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> None:
+    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> bool:
         """Drop pages from every mapping, dirty bytes stored first; blocks until done.
 
+        Tells whether there were dirty bytes, or some arrived of the kernel's own will.
         Exactly this range. It must be closed, or nobody must convert it: an OPEN
         range can be faulted in again at once. InUse when the connection is gone.
         """
         node = self._node(ino)
-        self.revokers.run(self._invalidate, node, view, start, stop)
+        writes = WriteWatch(view, start, stop)
+        with node.lock:
+            node.write_watches.append(writes)
+        try:
+            self.revokers.run(self._invalidate, node, view, start, stop)
+        finally:
+            with node.lock:
+                node.write_watches.remove(writes)
+        return writes.seen
 
     def quiesce(self, ino: int, view: ViewKind, start: int, stop: int) -> Runs:
         """Have no page of a range cached and new READs wait; return what to reopen.

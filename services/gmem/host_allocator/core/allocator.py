@@ -7,6 +7,8 @@ from typing import Final, Protocol, TypeVar
 
 from gmem.host_allocator.core.values import (
     MPOL_DEFAULT,
+    UNCHARGED,
+    Charging,
     Folio,
     MemPolicy,
     ReservationStatistics,
@@ -35,15 +37,17 @@ class Allocator(Protocol[StatisticsT_co]):
         owner: str = "",
         *,
         use_surplus: bool = False,
+        charging: Charging = UNCHARGED,
     ) -> int:
         """Promise `num_pages` pages to `owner`; return the handle of the promise.
 
         The reservation is global over nodes; `node` is the only one allowed for its
         pages, as a cpuset would say. With `use_surplus` surplus folios are made where
         the pool is too small, up to nr_overcommit_huge_pages: what every tenant but
-        guest_memfd is given (hugepage_new_subpool, patch 10 of the 39). BadRequest
-        PAGE_SIZE_UNKNOWN, SIZE_INVALID, NODE_UNKNOWN; Exhausted POOL_EMPTY,
-        NODE_EMPTY.
+        guest_memfd is given (hugepage_new_subpool, patch 10 of the 39). `charging`
+        names the HugeTLB cgroup that is charged. BadRequest PAGE_SIZE_UNKNOWN,
+        SIZE_INVALID, NODE_UNKNOWN; NoSuchObject CGROUP_UNKNOWN; Exhausted CGROUP_LIMIT,
+        POOL_EMPTY, NODE_EMPTY.
         """
         ...
 
@@ -57,7 +61,8 @@ class Allocator(Protocol[StatisticsT_co]):
         """Take at least one and at most `nr_folios` folios of the reservation.
 
         Never more than FOLIOS_PER_CALL_MAX. BadRequest PAGE_SIZE_UNKNOWN,
-        MEMPOLICY_INVALID; Exhausted SUBPOOL_EMPTY, POOL_EMPTY, BASE_MEMORY_EMPTY.
+        MEMPOLICY_INVALID; Exhausted SUBPOOL_EMPTY, CGROUP_LIMIT, POOL_EMPTY,
+        BASE_MEMORY_EMPTY.
         """
         ...
 

@@ -29,6 +29,8 @@ from gmem.host_allocator.core.subpool import (
 )
 from gmem.host_allocator.core.values import (
     MPOL_DEFAULT,
+    UNCHARGED,
+    Charging,
     Folio,
     FolioRun,
     MemPolicy,
@@ -90,12 +92,14 @@ class BaseAllocator:
         owner: str = "",
         *,
         use_surplus: bool = False,
+        charging: Charging = UNCHARGED,
     ) -> int:
         """Open a claim; base memory is taken at allocate, not before.
 
-        `use_surplus` has no meaning here: there is no pool to exceed.
+        `use_surplus` has no meaning here: there is no pool to exceed. Nor has
+        `charging`: 4K pages are no pages of HugeTLB.
         """
-        del use_surplus
+        del use_surplus, charging
         require_page_size(page_size, PAGE_SIZE)
         require_num_pages(num_pages)
         allowed = require_node(self.nodes, node)

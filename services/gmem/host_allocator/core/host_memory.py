@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from gmem.host_allocator.core import memory_errors
 from gmem.host_allocator.core.base import BaseAllocator
+from gmem.host_allocator.core.cgroups import Cgroups
 from gmem.host_allocator.core.demotion import (
     demote,
     require_demote_size,
@@ -24,7 +25,9 @@ from gmem.host_allocator.core.page_flags import page_flags
 from gmem.host_allocator.core.subpool import Handles
 from gmem.host_allocator.core.values import (
     MPOL_DEFAULT,
+    UNCHARGED,
     BootPool,
+    Charging,
     Folio,
     FolioRun,
     HostStatistics,
@@ -78,11 +81,14 @@ class HostMemory:
         orders = [order_of(size) for size in HUGE_PAGE_SIZES]
         self.vmemmap = Vmemmap(orders, optimize_enabled=optimize_vmemmap)
         self.handles = Handles(first_handle)
+        self.cgroups = Cgroups()
         self.base = BaseAllocator(self.nodes, self.handles)
         # Huge folios in use that have changed: page size, first frame.
         self._touched: dict[tuple[int, int], None] = {}
         self.hugetlb = {
-            size: HugetlbAllocator(HState(size, self.nodes, self.vmemmap), self.handles)
+            size: HugetlbAllocator(
+                HState(size, self.nodes, self.vmemmap), self.handles, self.cgroups
+            )
             for size in HUGE_PAGE_SIZES
         }
         self.default_hstate = self._require_pool(default_page_size).hstate
@@ -174,6 +180,15 @@ class HostMemory:
         self.vmemmap.optimize_enabled = enabled
         self.check()
 
+    def delete_cgroup(self, name: str) -> None:
+        """Remove a cgroup; whom it paid for, its parent does. See Cgroups.delete."""
+        parent = self.cgroups.delete(name)
+        for hugetlb in self.hugetlb.values():
+            for subpool in hugetlb.subpools.values():
+                if subpool.cgroup == name:
+                    subpool.cgroup = parent
+        self.check()
+
     # The seven calls.
 
     def reserve(
@@ -184,11 +199,18 @@ class HostMemory:
         owner: str = "",
         *,
         use_surplus: bool = False,
+        charging: Charging = UNCHARGED,
     ) -> int:
         """See Allocator.reserve."""
         backend = self._backend(page_size)
+        self.cgroups.get(charging.cgroup)
         handle = backend.reserve(
-            page_size, num_pages, node, owner, use_surplus=use_surplus
+            page_size,
+            num_pages,
+            node,
+            owner,
+            use_surplus=use_surplus,
+            charging=charging,
         )
         self.check()
         return handle
@@ -362,6 +384,7 @@ class HostMemory:
     def check(self) -> None:
         """Conservation by counts: every frame of every node is somewhere once."""
         self.vmemmap.check()
+        self.cgroups.check()
         self.base.check()
         for hugetlb in self.hugetlb.values():
             hugetlb.check()
@@ -373,6 +396,7 @@ class HostMemory:
     def check_frames(self) -> None:
         """The same frame by frame: all runs of all places tile all memory."""
         self.check()
+        self._check_charges()
         everywhere = Extents()
         for node in self.nodes:
             for place in (node.base, node.memmap, node.withheld):
@@ -388,3 +412,18 @@ class HostMemory:
         everywhere.check()
         all_frames = [PgRange(0, self.nodes[-1].frames.stop)]
         assert everywhere.runs() == all_frames
+
+    def _check_charges(self) -> None:
+        """What each cgroup is charged for is what its subpools and children have."""
+        for cgroup in self.cgroups:
+            inside = cgroup.name.rstrip("/") + "/"
+            for size, hugetlb in self.hugetlb.items():
+                paid_for = [
+                    subpool
+                    for subpool in hugetlb.subpools.values()
+                    if f"{subpool.cgroup}/".startswith(inside)
+                ]
+                counters = cgroup.sizes[size]
+                assert counters.usage.usage == sum(s.used_hpages for s in paid_for)
+                rsvd = sum(s.max_hpages for s in paid_for if s.charge_rsvd)
+                assert counters.rsvd.usage == rsvd, cgroup

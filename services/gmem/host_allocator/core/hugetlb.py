@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from gmem.host_allocator.core.allocator import FOLIOS_PER_CALL_MAX
+from gmem.host_allocator.core.cgroups import Cgroups
 from gmem.host_allocator.core.folio import FolioEvent, FolioState, LiveFolio
 from gmem.host_allocator.core.hstate import HState
 from gmem.host_allocator.core.memory_errors import take_apart
@@ -34,6 +35,8 @@ from gmem.host_allocator.core.subpool import (
 )
 from gmem.host_allocator.core.values import (
     MPOL_DEFAULT,
+    UNCHARGED,
+    Charging,
     Folio,
     FolioRun,
     MemPolicy,
@@ -48,9 +51,10 @@ from gmem.uapi.pages import PAGE_SIZE, NodeId, format_size
 class HugetlbAllocator:
     """The seven calls over one hstate; implements Allocator[PoolStatistics]."""
 
-    def __init__(self, hstate: HState, handles: Handles) -> None:
-        """Serve `hstate`; take the numbers of reservations from `handles`."""
+    def __init__(self, hstate: HState, handles: Handles, cgroups: Cgroups) -> None:
+        """Serve `hstate`; numbers of reservations are from `handles`."""
         self.hstate = hstate
+        self._cgroups = cgroups
         self.subpools: dict[int, Subpool] = {}
         self.live: dict[int, LiveFolio] = {}
         # Frames with a memory error, and in how many pages from there it may be: one,
@@ -68,14 +72,19 @@ class HugetlbAllocator:
         owner: str = "",
         *,
         use_surplus: bool = False,
+        charging: Charging = UNCHARGED,
     ) -> int:
         """Reserve as hugetlb_acct_memory() does: first the pool, then the node.
 
-        With `use_surplus` what the pool lacks is made (gather_surplus_pages()).
+        With `use_surplus` what the pool lacks is made (gather_surplus_pages()). Before
+        both the cgroup is charged, where it is for reservations.
         """
         require_page_size(page_size, self.hstate.page_size)
         require_num_pages(num_pages)
         allowed = require_node(self.hstate.nodes, node)
+        cgroup = self._cgroups.get(charging.cgroup).name
+        if charging.rsvd:
+            self._require_room(cgroup, num_pages, rsvd=True)
         room = self.hstate.surplus_room(allowed) if use_surplus else 0
         missing = self._require_available(num_pages, room)
         self._require_free_on(allowed, num_pages, missing)
@@ -92,7 +101,11 @@ class HugetlbAllocator:
             used_hpages=0,
             rsv_hpages=num_pages,
             use_surplus=use_surplus,
+            cgroup=cgroup,
+            charge_rsvd=charging.rsvd,
         )
+        if charging.rsvd:
+            self._cgroups.charge(cgroup, page_size, num_pages, rsvd=True)
         self.check()
         return handle
 
@@ -109,6 +122,8 @@ class HugetlbAllocator:
         if subpool.is_free:
             self.hstate.resv_huge_pages -= subpool.max_hpages
             self.hstate.return_unused_surplus(subpool.max_hpages)
+            if subpool.charge_rsvd:
+                self._uncharge(subpool, subpool.max_hpages, rsvd=True)
             del self.subpools[subpool.handle]
 
     # Folios.
@@ -130,10 +145,12 @@ class HugetlbAllocator:
         require_page_size(page_size, self.hstate.page_size)
         nodes = nodes_in_order(mempolicy, subpool.allowed)
         self._require_reserved(subpool)
+        wanted = min(nr_folios, subpool.rsv_hpages, FOLIOS_PER_CALL_MAX)
+        wanted = self._require_some_room(subpool, wanted)
         self._require_free_for(subpool, nodes)
 
-        wanted = min(nr_folios, subpool.rsv_hpages, FOLIOS_PER_CALL_MAX)
         folios = self._dequeue(subpool, mempolicy, wanted)
+        self._cgroups.charge(subpool.cgroup, page_size, len(folios), rsvd=False)
         subpool.get_pages(len(folios))
         self.hstate.resv_huge_pages -= len(folios)
         self.live.update((folio.pfn, LiveFolio(folio, handle)) for folio in folios)
@@ -201,6 +218,7 @@ class HugetlbAllocator:
         # The reservation stays the owner's until unreserve, with the folio or not.
         self.hstate.resv_huge_pages += len(ends)
         subpool.put_pages(len(ends))
+        self._uncharge(subpool, len(ends), rsvd=False)
         self._drop_if_free(subpool)
         self.check()
 
@@ -251,6 +269,21 @@ class HugetlbAllocator:
                 node=allowed[0],
                 free_huge_pages=free,
             )
+
+    def _require_room(self, cgroup: str, nr_pages: int, *, rsvd: bool) -> None:
+        size = self.hstate.page_size
+        if self._cgroups.room(cgroup, size, nr_pages, rsvd=rsvd) < nr_pages:
+            raise self._cgroups.refusal(cgroup, size, nr_pages, rsvd=rsvd)
+
+    def _require_some_room(self, subpool: Subpool, wanted: int) -> int:
+        """Return how many of `wanted` folios the cgroup may have now, at least one."""
+        self._require_room(subpool.cgroup, 1, rsvd=False)
+        size = self.hstate.page_size
+        return self._cgroups.room(subpool.cgroup, size, wanted, rsvd=False)
+
+    def _uncharge(self, subpool: Subpool, nr_pages: int, *, rsvd: bool) -> None:
+        size = self.hstate.page_size
+        self._cgroups.uncharge(subpool.cgroup, size, nr_pages, rsvd=rsvd)
 
     def _require_reserved(self, subpool: Subpool) -> None:
         if subpool.rsv_hpages == 0:

@@ -4,6 +4,7 @@
     handles                              the next handle
     node/I, vmemmap, pool/SIZE           every number that they have
     subpool/SIZE/HANDLE, claim/HANDLE    the fields of a claim
+    cgroup/PATH                          limits and counters of a cgroup
     live/SIZE/PFN                        node, handle and state of a huge folio in use
     hwpoison/SIZE/PFN                    a memory error: in how many pages from PFN on
     runs/PLACE/.../START                 where a run of frames ends
@@ -50,6 +51,8 @@ class HostRows:
         now |= {path: _numbers(thing) for path, thing in _things(memory)}
         for path, claim in _claims(memory):
             now[path] = _fields(claim)
+        for cgroup in memory.cgroups:
+            now[f"cgroup{cgroup.name}".rstrip("/")] = cgroup.row()
         for size, poisoned in _hwpoison(memory):
             now |= {f"hwpoison/{size}/{pfn}": nr for pfn, nr in poisoned.items()}
         changed = {k: row for k, row in now.items() if self._told.get(k) != row}
@@ -112,6 +115,8 @@ def _restore_claim(memory: HostMemory, path: list[str], row: Any) -> None:  # no
             hugetlb = memory.hugetlb[int(size)]
             folio = Folio(Pfn(int(pfn)), hugetlb.hstate.order, NodeId(node))
             hugetlb.live[folio.pfn] = LiveFolio(folio, handle, FolioState(state))
+        case ["cgroup", *_]:
+            memory.cgroups.restore(row)
         case ["hwpoison", size, pfn]:
             dict(_hwpoison(memory))[int(size)][int(pfn)] = row
         case _:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from gmem.host_allocator.core.cgroups import ROOT
 from gmem.host_allocator.core.values import ReservationStatistics
 from gmem.uapi.errors import BadRequest, NoSuchObject, Reason
 from gmem.uapi.pages import NodeId, format_size
@@ -45,6 +46,10 @@ class Subpool:
     turn: int = 0
     """Whose turn it is where its policy interleaves."""
     closing: bool = False
+    cgroup: str = ROOT
+    """Who is charged for its folios."""
+    charge_rsvd: bool = False
+    """Whether its reservation is charged as well."""
 
     def get_pages(self, nr: int) -> None:
         """Use `nr` pages of the reservation (hugepage_subpool_get_pages)."""
@@ -73,6 +78,7 @@ class Subpool:
             used_hpages=self.used_hpages,
             rsv_hpages=self.rsv_hpages,
             closing=self.closing,
+            cgroup=self.cgroup,
         )
 
     def check(self) -> None:

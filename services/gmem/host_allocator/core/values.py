@@ -67,6 +67,14 @@ class MemPolicyMode(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Charging:
+    """Which HugeTLB cgroup pays (empty: the root), and whether for reservations too."""
+
+    cgroup: str = ""
+    rsvd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MemPolicy:
     """A NUMA memory policy, as set_mempolicy(2) has it."""
 
@@ -75,6 +83,8 @@ class MemPolicy:
 
 
 MPOL_DEFAULT = MemPolicy()
+UNCHARGED = Charging()
+"""The root pays for folios, which has no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,3 +232,4 @@ class ReservationStatistics:
     used_hpages: int
     rsv_hpages: int
     closing: bool
+    cgroup: str = ""

@@ -163,7 +163,8 @@ SHAPE_OF: Final[dict[Lineage, Callable[[Vm, int, int, int], FileShape]]] = {
 def create_guest_memfd(vm: Vm, size: int, flags: int, page_order: int = 0) -> Op[str]:
     """Make a guest_memfd for `vm`; return its name.
 
-    Raises what the decoder of the lineage does, and POOL_EMPTY and its kin.
+    Raises what the decoder of the lineage does, CGROUP_UNKNOWN, and POOL_EMPTY and its
+    kin.
     """
     shape = SHAPE_OF[vm.lineage](vm, size, flags, page_order)
     effect = CreateFile(
@@ -176,6 +177,7 @@ def create_guest_memfd(vm: Vm, size: int, flags: int, page_order: int = 0) -> Op
         mmap=shape.mmap,
         init_shared=shape.init_shared,
         private_memory=vm.traits.private_memory,
+        cgroup=vm.cgroup,
     )
     return (yield from perform(effect))
 

@@ -46,6 +46,7 @@ class CreateFile(Effect[str]):
     mmap: bool = False
     init_shared: bool = False
     private_memory: bool = True
+    cgroup: str = ""
 
 
 @dataclass(frozen=True, slots=True)

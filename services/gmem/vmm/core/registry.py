@@ -59,14 +59,16 @@ class VmRegistry:
         assert vm.name not in self._vms, vm.name
         self._vms[vm.name] = vm
 
-    def create(self, vm_id: str, vm_type: VmType, lineage: Lineage) -> Op[Vm]:
+    def create(
+        self, vm_id: str, vm_type: VmType, lineage: Lineage, cgroup: str = ""
+    ) -> Op[Vm]:
         """KVM_CREATE_VM: start the guest process, then let the VM be seen.
 
         Raises BadRequest (ARGUMENT_INVALID), ObjectExists (VM_EXISTS), Exhausted
         (LIMIT_REACHED), InUse (GUEST_GONE) where the guest process does not start.
         """
         name = self._require_new(vm_id)
-        vm = Vm(name, vm_type, lineage, table=self.rules)
+        vm = Vm(name, vm_type, lineage, cgroup, table=self.rules)
 
         self._starting.add(name)
         try:

@@ -1,6 +1,6 @@
 """What of the VMs must survive, as rows: incrementally out, and back in.
 
-    vm/NAME/head            its type, lineage, vCPUs, and the guest process it had
+    vm/NAME/head            its type, lineage, cgroup, vCPUs, the guest process it had
     vm/NAME/slot/SLOT       a memslot
     vm/NAME/attr/GFN        the attributes from this frame on
 
@@ -73,7 +73,7 @@ def restore(registry: VmRegistry, rows: Mapping[str, Any]) -> None:
 def _restore(rows: Mapping[str, Any], table: Mapping[Lineage, VmRules]) -> Vm:
     head = rows["head"]
     kind, lineage = VmType(head["type"]), Lineage(head["lineage"])
-    vm = Vm(head["name"], kind, lineage, table=table)
+    vm = Vm(head["name"], kind, lineage, head["cgroup"], table=table)
     vm.guest_pid = head["guest_pid"]
     vm.vcpus = {number: Vcpu(number) for number in head["vcpus"]}
     attributes: dict[int, MemoryAttribute] = {}
@@ -96,6 +96,7 @@ def _head(vm: Vm) -> Changes:
         "name": vm.name,
         "type": int(vm.type),
         "lineage": vm.lineage.value,
+        "cgroup": vm.cgroup,
         "guest_pid": vm.guest_pid,
         "vcpus": sorted(vm.vcpus),
     }

@@ -67,12 +67,14 @@ class Vm:
     """struct kvm. `name` is hosts/{host}/vms/{vm}; `guest_pid` plays the guest.
 
     `slots_lock` is held by whoever changes memslots or attributes, across effects; a
-    page fault does not take it and looks at the sequence instead.
+    page fault does not take it and looks at the sequence instead. `cgroup` pays for the
+    huge pages of its files; empty: the root.
     """
 
     name: str
     type: VmType
     lineage: Lineage
+    cgroup: str = ""
     guest_pid: int = 0
     guest_alive: bool = False
     memslots: Memslots = field(default_factory=Memslots)

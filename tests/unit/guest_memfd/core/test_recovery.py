@@ -20,7 +20,8 @@ from gmem.guest_memfd.core.restoring import LiveFolio
 from gmem.guest_memfd.core.values import Folio, HoldKind, PageState, ViewKind
 from gmem.uapi.flags import Faultability
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, SIZE_2M, PgRange
-from tests.support.gmem_world import VM, GmemWorld, Table, Task, part, whole
+from tests.support.gmem_table import Table
+from tests.support.gmem_world import VM, GmemWorld, Task, part, whole
 
 HOST, GUEST = ViewKind.HOST, ViewKind.GUEST
 SIZE = 2 * SIZE_2M

@@ -64,6 +64,30 @@ HOLD_KIND_PLAIN: HoldKind.ValueType  # 2
 """A plain reference: RFC_V1 does not look at it, RFC_V2 counts it like a pin."""
 Global___HoldKind: _TypeAlias = HoldKind  # noqa: Y015
 
+class _KillPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KillPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KillPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KILL_POLICY_UNSPECIFIED: _KillPolicy.ValueType  # 0
+    """As the lineage has it: whoever has the page mapped, and memory_failure() is EBUSY."""
+    KILL_POLICY_EARLY: _KillPolicy.ValueType  # 1
+    """PR_MCE_KILL_EARLY, with memory_failure() mended: whoever has a dirty page mapped."""
+    KILL_POLICY_LATE: _KillPolicy.ValueType  # 2
+    """PR_MCE_KILL_LATE, likewise: nobody."""
+
+class KillPolicy(_KillPolicy, metaclass=_KillPolicyEnumTypeWrapper):
+    """Who gets SIGBUS at once for a memory error."""
+
+KILL_POLICY_UNSPECIFIED: KillPolicy.ValueType  # 0
+"""As the lineage has it: whoever has the page mapped, and memory_failure() is EBUSY."""
+KILL_POLICY_EARLY: KillPolicy.ValueType  # 1
+"""PR_MCE_KILL_EARLY, with memory_failure() mended: whoever has a dirty page mapped."""
+KILL_POLICY_LATE: KillPolicy.ValueType  # 2
+"""PR_MCE_KILL_LATE, likewise: nobody."""
+Global___KillPolicy: _TypeAlias = KillPolicy  # noqa: Y015
+
 class _Meant:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -247,6 +271,9 @@ class GuestMemfd(_message.Message):
     FRAGMENTS_FIELD_NUMBER: _builtins.int
     NR_FRAGMENTS_FIELD_NUMBER: _builtins.int
     FRAGMENT_BYTES_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    POISONED_PAGES_FIELD_NUMBER: _builtins.int
+    POISONED_OFFSETS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """hosts/{host}/guestMemfds/{inode number}"""
     inode: _builtins.int
@@ -268,6 +295,9 @@ class GuestMemfd(_message.Message):
     nr_fragments: _builtins.int
     fragment_bytes: _builtins.int
     """Bytes of bookkeeping per run."""
+    cgroup: _builtins.str
+    poisoned_pages: _builtins.int
+    """Pages with a memory error, and the offsets of the first 1024 of them."""
     @_builtins.property
     def bindings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Binding]: ...
     @_builtins.property
@@ -276,6 +306,8 @@ class GuestMemfd(_message.Message):
     def fragments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fragment]:
         """Faultability as runs; only the first 1024 are listed."""
 
+    @_builtins.property
+    def poisoned_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -298,10 +330,13 @@ class GuestMemfd(_message.Message):
         fragments: _abc.Iterable[Global___Fragment] | None = ...,
         nr_fragments: _builtins.int = ...,
         fragment_bytes: _builtins.int = ...,
+        cgroup: _builtins.str = ...,
+        poisoned_pages: _builtins.int = ...,
+        poisoned_offsets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "file_open", b"file_open", "fragment_bytes", b"fragment_bytes", "fragments", b"fragments", "guest_views_open", b"guest_views_open", "holds", b"holds", "host_views_open", b"host_views_open", "inode", b"inode", "lineage", b"lineage", "name", b"name", "nr_fragments", b"nr_fragments", "page_size", b"page_size", "private_pages", b"private_pages", "shared_pages", b"shared_pages", "size", b"size", "split_folios", b"split_folios", "st_blksize", b"st_blksize", "st_blocks", b"st_blocks", "whole_folios", b"whole_folios"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "cgroup", b"cgroup", "file_open", b"file_open", "fragment_bytes", b"fragment_bytes", "fragments", b"fragments", "guest_views_open", b"guest_views_open", "holds", b"holds", "host_views_open", b"host_views_open", "inode", b"inode", "lineage", b"lineage", "name", b"name", "nr_fragments", b"nr_fragments", "page_size", b"page_size", "poisoned_offsets", b"poisoned_offsets", "poisoned_pages", b"poisoned_pages", "private_pages", b"private_pages", "shared_pages", b"shared_pages", "size", b"size", "split_folios", b"split_folios", "st_blksize", b"st_blksize", "st_blocks", b"st_blocks", "whole_folios", b"whole_folios"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,6 +357,7 @@ class CreateGuestMemfdRequest(_message.Message):
     MMAP_FIELD_NUMBER: _builtins.int
     INIT_SHARED_FIELD_NUMBER: _builtins.int
     NO_PRIVATE_MEMORY_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
     size: _builtins.int
     page_size: _builtins.int
     """Bytes per folio: 4096, 2M or 1G; 0 means 4096."""
@@ -341,6 +377,8 @@ class CreateGuestMemfdRequest(_message.Message):
     """
     no_private_memory: _builtins.bool
     """The type of the VM has no private memory: IN_PLACE converts no file of it."""
+    cgroup: _builtins.str
+    """The HugeTLB cgroup that is charged for huge pages; empty: the root."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId: ...
     @_builtins.property
@@ -359,10 +397,11 @@ class CreateGuestMemfdRequest(_message.Message):
         mmap: _builtins.bool = ...,
         init_shared: _builtins.bool = ...,
         no_private_memory: _builtins.bool = ...,
+        cgroup: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mempolicy", b"mempolicy", "request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["init_private", b"init_private", "init_shared", b"init_shared", "lineage", b"lineage", "mempolicy", b"mempolicy", "mmap", b"mmap", "no_private_memory", b"no_private_memory", "page_size", b"page_size", "request_id", b"request_id", "size", b"size", "support_shared", b"support_shared", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "init_private", b"init_private", "init_shared", b"init_shared", "lineage", b"lineage", "mempolicy", b"mempolicy", "mmap", b"mmap", "no_private_memory", b"no_private_memory", "page_size", b"page_size", "request_id", b"request_id", "size", b"size", "support_shared", b"support_shared", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1600,3 +1639,129 @@ class WatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class InjectMemoryErrorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    KILL_POLICY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    offset: _builtins.int
+    """Of the page, in bytes."""
+    kill_policy: Global___KillPolicy.ValueType
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        kill_policy: Global___KillPolicy.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kill_policy", b"kill_policy", "name", b"name", "offset", b"offset", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectMemoryErrorRequest: _TypeAlias = InjectMemoryErrorRequest  # noqa: Y015
+
+@_typing.final
+class InjectMemoryErrorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PFN_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    ERRNO_FIELD_NUMBER: _builtins.int
+    MAPPED_FIELD_NUMBER: _builtins.int
+    SIGNALLED_FIELD_NUMBER: _builtins.int
+    DIRTY_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    pfn: _builtins.int
+    """The frame with the error."""
+    offset: _builtins.int
+    """What guest and host have lost: the page, or its whole folio."""
+    size: _builtins.int
+    errno: _builtins.int
+    """What memory_failure() returns: 0, or EBUSY (16)."""
+    dirty: _builtins.bool
+    """Whether there were bytes in the mappings that were not stored yet."""
+    @_builtins.property
+    def mapped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who had a page of it mapped, and who of those the kernel sends SIGBUS at once."""
+
+    @_builtins.property
+    def signalled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        pfn: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        size: _builtins.int = ...,
+        errno: _builtins.int = ...,
+        mapped: _abc.Iterable[_builtins.str] | None = ...,
+        signalled: _abc.Iterable[_builtins.str] | None = ...,
+        dirty: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirty", b"dirty", "errno", b"errno", "mapped", b"mapped", "offset", b"offset", "pfn", b"pfn", "revision", b"revision", "signalled", b"signalled", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectMemoryErrorResponse: _TypeAlias = InjectMemoryErrorResponse  # noqa: Y015
+
+@_typing.final
+class UnpoisonMemoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    offset: _builtins.int
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset", b"offset", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpoisonMemoryRequest: _TypeAlias = UnpoisonMemoryRequest  # noqa: Y015
+
+@_typing.final
+class UnpoisonMemoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PFN_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    pfn: _builtins.int
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        pfn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pfn", b"pfn", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpoisonMemoryResponse: _TypeAlias = UnpoisonMemoryResponse  # noqa: Y015

@@ -115,6 +115,16 @@ class GuestMemfdServiceStub:
                 request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpinPagesRequest.SerializeToString,
                 response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpinPagesResponse.FromString,
                 _registered_method=True)
+        self.InjectMemoryError = channel.unary_unary(
+                '/gmem.api.guest_memfd.v1.GuestMemfdService/InjectMemoryError',
+                request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.InjectMemoryErrorRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.InjectMemoryErrorResponse.FromString,
+                _registered_method=True)
+        self.UnpoisonMemory = channel.unary_unary(
+                '/gmem.api.guest_memfd.v1.GuestMemfdService/UnpoisonMemory',
+                request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpoisonMemoryRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpoisonMemoryResponse.FromString,
+                _registered_method=True)
         self.OpenView = channel.unary_unary(
                 '/gmem.api.guest_memfd.v1.GuestMemfdService/OpenView',
                 request_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.OpenViewRequest.SerializeToString,
@@ -171,6 +181,8 @@ class GuestMemfdServiceServicer:
         | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
         | init_shared with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
         | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | rsvd.max of the cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -226,6 +238,7 @@ class GuestMemfdServiceServicer:
         | offset or length negative | RANGE_NEGATIVE | INVALID_ARGUMENT | give bytes from 0 on |
         | offset plus length beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
         | allocating past the end | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -321,6 +334,7 @@ class GuestMemfdServiceServicer:
         | file closed, or slot not bound | BINDING_MISSING | FAILED_PRECONDITION | bind the slot |
         | bound to another slot | BINDING_BROKEN | FAILED_PRECONDITION | bind again |
         | page lost to a memory error | PAGE_POISONED | DATA_LOSS | replace the page |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -373,6 +387,7 @@ class GuestMemfdServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | a page of the range is not private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it first |
+        | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
         | a page is prepared already | PAGE_PREPARED | ALREADY_EXISTS | punch it, or write from the guest |
         | descriptor was never given, or is gone | DESCRIPTOR_UNKNOWN | NOT_FOUND | give it again |
         | descriptor is a view, or cannot be read | DESCRIPTOR_TYPE | INVALID_ARGUMENT | give a memfd or a file |
@@ -381,6 +396,7 @@ class GuestMemfdServiceServicer:
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
         | source_offset plus size beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
@@ -402,11 +418,13 @@ class GuestMemfdServiceServicer:
         |---|---|---|---|
         | ttl_ms below 500 or above 3600000 | ARGUMENT_INVALID | INVALID_ARGUMENT | give another, or none |
         | a page is private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
         | kind not given | ARGUMENT_INVALID | INVALID_ARGUMENT | say KIND_PIN or KIND_PLAIN |
         | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
         | 4096 holds on the inode already | LIMIT_REACHED | RESOURCE_EXHAUSTED | end one |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -443,6 +461,45 @@ class GuestMemfdServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InjectMemoryError(self, request, context):
+        """Gives the frame behind a page a memory error, through the allocator, and does what
+        memory_failure() does: the page stays in the filemap, and guest and host lose it; of
+        a whole huge folio they lose all. Returns when that is done. Nothing of this machine
+        is poisoned, and no signal is sent: whoever touches the page next gets SIGBUS.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the page has no folio | FOLIO_UNKNOWN | NOT_FOUND | allocate it first |
+        | the page has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+        | kill_policy is none of KillPolicy | ARGUMENT_INVALID | INVALID_ARGUMENT | use one, or none |
+        | who maps the page cannot be seen | PAGE_IN_USE | ABORTED | try again |
+        | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+        | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpoisonMemory(self, request, context):
+        """Forgets the memory error of a page (unpoison_memory): its bytes are back. Frames that
+        were punched are the allocator's: see its UnpoisonMemory.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the page has no error | FRAME_UNKNOWN | NOT_FOUND | nothing to do |
+        | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+        | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenView(self, request, context):
         """Mints a one-time token, valid for a minute, that the broker turns into a file
         descriptor of a view. Guest views only for the guest process of a bound VM.
@@ -471,6 +528,8 @@ class GuestMemfdServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
@@ -500,6 +559,8 @@ class GuestMemfdServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | a page is lost to a memory error (error_offset, stored) | PAGE_POISONED | DATA_LOSS | punch its folio |
+        | max of the cgroup is reached (stored) | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
         | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
         | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
@@ -634,6 +695,16 @@ def add_GuestMemfdServiceServicer_to_server(servicer, server):
                     servicer.UnpinPages,
                     request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpinPagesRequest.FromString,
                     response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpinPagesResponse.SerializeToString,
+            ),
+            'InjectMemoryError': grpc.unary_unary_rpc_method_handler(
+                    servicer.InjectMemoryError,
+                    request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.InjectMemoryErrorRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.InjectMemoryErrorResponse.SerializeToString,
+            ),
+            'UnpoisonMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpoisonMemory,
+                    request_deserializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpoisonMemoryRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpoisonMemoryResponse.SerializeToString,
             ),
             'OpenView': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenView,
@@ -1099,6 +1170,60 @@ class GuestMemfdService:
             '/gmem.api.guest_memfd.v1.GuestMemfdService/UnpinPages',
             gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpinPagesRequest.SerializeToString,
             gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpinPagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InjectMemoryError(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.guest_memfd.v1.GuestMemfdService/InjectMemoryError',
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.InjectMemoryErrorRequest.SerializeToString,
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.InjectMemoryErrorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpoisonMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.guest_memfd.v1.GuestMemfdService/UnpoisonMemory',
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpoisonMemoryRequest.SerializeToString,
+            gmem_dot_api_dot_guest__memfd_dot_v1_dot_guest__memfd__pb2.UnpoisonMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

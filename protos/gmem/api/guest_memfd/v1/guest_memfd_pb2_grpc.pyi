@@ -48,6 +48,8 @@ class GuestMemfdServiceStub:
     | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
     | init_shared with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
     | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | rsvd.max of the cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -87,6 +89,7 @@ class GuestMemfdServiceStub:
     | offset or length negative | RANGE_NEGATIVE | INVALID_ARGUMENT | give bytes from 0 on |
     | offset plus length beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
     | allocating past the end | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -162,6 +165,7 @@ class GuestMemfdServiceStub:
     | file closed, or slot not bound | BINDING_MISSING | FAILED_PRECONDITION | bind the slot |
     | bound to another slot | BINDING_BROKEN | FAILED_PRECONDITION | bind again |
     | page lost to a memory error | PAGE_POISONED | DATA_LOSS | replace the page |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -206,6 +210,7 @@ class GuestMemfdServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | a page of the range is not private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it first |
+    | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
     | a page is prepared already | PAGE_PREPARED | ALREADY_EXISTS | punch it, or write from the guest |
     | descriptor was never given, or is gone | DESCRIPTOR_UNKNOWN | NOT_FOUND | give it again |
     | descriptor is a view, or cannot be read | DESCRIPTOR_TYPE | INVALID_ARGUMENT | give a memfd or a file |
@@ -214,6 +219,7 @@ class GuestMemfdServiceStub:
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
     | source_offset plus size beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
@@ -231,11 +237,13 @@ class GuestMemfdServiceStub:
     |---|---|---|---|
     | ttl_ms below 500 or above 3600000 | ARGUMENT_INVALID | INVALID_ARGUMENT | give another, or none |
     | a page is private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
     | kind not given | ARGUMENT_INVALID | INVALID_ARGUMENT | say KIND_PIN or KIND_PLAIN |
     | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
     | 4096 holds on the inode already | LIMIT_REACHED | RESOURCE_EXHAUSTED | end one |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -257,6 +265,37 @@ class GuestMemfdServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | hold was never issued, or is gone | HOLDER_UNKNOWN | NOT_FOUND | nothing to do |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    InjectMemoryError: _grpc.UnaryUnaryMultiCallable[_guest_memfd_pb2.InjectMemoryErrorRequest, _guest_memfd_pb2.InjectMemoryErrorResponse]
+    """Gives the frame behind a page a memory error, through the allocator, and does what
+    memory_failure() does: the page stays in the filemap, and guest and host lose it; of
+    a whole huge folio they lose all. Returns when that is done. Nothing of this machine
+    is poisoned, and no signal is sent: whoever touches the page next gets SIGBUS.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the page has no folio | FOLIO_UNKNOWN | NOT_FOUND | allocate it first |
+    | the page has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+    | kill_policy is none of KillPolicy | ARGUMENT_INVALID | INVALID_ARGUMENT | use one, or none |
+    | who maps the page cannot be seen | PAGE_IN_USE | ABORTED | try again |
+    | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+    | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    UnpoisonMemory: _grpc.UnaryUnaryMultiCallable[_guest_memfd_pb2.UnpoisonMemoryRequest, _guest_memfd_pb2.UnpoisonMemoryResponse]
+    """Forgets the memory error of a page (unpoison_memory): its bytes are back. Frames that
+    were punched are the allocator's: see its UnpoisonMemory.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the page has no error | FRAME_UNKNOWN | NOT_FOUND | nothing to do |
+    | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+    | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
@@ -284,6 +323,8 @@ class GuestMemfdServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
@@ -309,6 +350,8 @@ class GuestMemfdServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | a page is lost to a memory error (error_offset, stored) | PAGE_POISONED | DATA_LOSS | punch its folio |
+    | max of the cgroup is reached (stored) | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
     | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
     | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
@@ -366,6 +409,8 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
     | init_shared with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
     | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | rsvd.max of the cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -405,6 +450,7 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | offset or length negative | RANGE_NEGATIVE | INVALID_ARGUMENT | give bytes from 0 on |
     | offset plus length beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
     | allocating past the end | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -480,6 +526,7 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | file closed, or slot not bound | BINDING_MISSING | FAILED_PRECONDITION | bind the slot |
     | bound to another slot | BINDING_BROKEN | FAILED_PRECONDITION | bind again |
     | page lost to a memory error | PAGE_POISONED | DATA_LOSS | replace the page |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -524,6 +571,7 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | a page of the range is not private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it first |
+    | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
     | a page is prepared already | PAGE_PREPARED | ALREADY_EXISTS | punch it, or write from the guest |
     | descriptor was never given, or is gone | DESCRIPTOR_UNKNOWN | NOT_FOUND | give it again |
     | descriptor is a view, or cannot be read | DESCRIPTOR_TYPE | INVALID_ARGUMENT | give a memfd or a file |
@@ -532,6 +580,7 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
     | source_offset plus size beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
@@ -549,11 +598,13 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     |---|---|---|---|
     | ttl_ms below 500 or above 3600000 | ARGUMENT_INVALID | INVALID_ARGUMENT | give another, or none |
     | a page is private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
     | kind not given | ARGUMENT_INVALID | INVALID_ARGUMENT | say KIND_PIN or KIND_PLAIN |
     | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
     | 4096 holds on the inode already | LIMIT_REACHED | RESOURCE_EXHAUSTED | end one |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -575,6 +626,37 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | hold was never issued, or is gone | HOLDER_UNKNOWN | NOT_FOUND | nothing to do |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    InjectMemoryError: _aio.UnaryUnaryMultiCallable[_guest_memfd_pb2.InjectMemoryErrorRequest, _guest_memfd_pb2.InjectMemoryErrorResponse]  # type: ignore[assignment]
+    """Gives the frame behind a page a memory error, through the allocator, and does what
+    memory_failure() does: the page stays in the filemap, and guest and host lose it; of
+    a whole huge folio they lose all. Returns when that is done. Nothing of this machine
+    is poisoned, and no signal is sent: whoever touches the page next gets SIGBUS.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the page has no folio | FOLIO_UNKNOWN | NOT_FOUND | allocate it first |
+    | the page has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+    | kill_policy is none of KillPolicy | ARGUMENT_INVALID | INVALID_ARGUMENT | use one, or none |
+    | who maps the page cannot be seen | PAGE_IN_USE | ABORTED | try again |
+    | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+    | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    UnpoisonMemory: _aio.UnaryUnaryMultiCallable[_guest_memfd_pb2.UnpoisonMemoryRequest, _guest_memfd_pb2.UnpoisonMemoryResponse]  # type: ignore[assignment]
+    """Forgets the memory error of a page (unpoison_memory): its bytes are back. Frames that
+    were punched are the allocator's: see its UnpoisonMemory.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the page has no error | FRAME_UNKNOWN | NOT_FOUND | nothing to do |
+    | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+    | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+    | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
@@ -602,6 +684,8 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
+    | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
     | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
     | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
@@ -627,6 +711,8 @@ class GuestMemfdServiceAsyncStub(GuestMemfdServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+    | a page is lost to a memory error (error_offset, stored) | PAGE_POISONED | DATA_LOSS | punch its folio |
+    | max of the cgroup is reached (stored) | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
     | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
     | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |
@@ -693,6 +779,8 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | init_private without support_shared (RFC_V2) | FLAG_COMBINATION | INVALID_ARGUMENT | set both, or neither |
         | init_shared with huge pages (IN_PLACE) | FLAG_COMBINATION | INVALID_ARGUMENT | clear it |
         | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | rsvd.max of the cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
@@ -756,6 +844,7 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | offset or length negative | RANGE_NEGATIVE | INVALID_ARGUMENT | give bytes from 0 on |
         | offset plus length beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
         | allocating past the end | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -861,6 +950,7 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | file closed, or slot not bound | BINDING_MISSING | FAILED_PRECONDITION | bind the slot |
         | bound to another slot | BINDING_BROKEN | FAILED_PRECONDITION | bind again |
         | page lost to a memory error | PAGE_POISONED | DATA_LOSS | replace the page |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -917,6 +1007,7 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | a page of the range is not private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it first |
+        | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
         | a page is prepared already | PAGE_PREPARED | ALREADY_EXISTS | punch it, or write from the guest |
         | descriptor was never given, or is gone | DESCRIPTOR_UNKNOWN | NOT_FOUND | give it again |
         | descriptor is a view, or cannot be read | DESCRIPTOR_TYPE | INVALID_ARGUMENT | give a memfd or a file |
@@ -925,6 +1016,7 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
         | source_offset plus size beyond 2^63 | RANGE_WRAPS | INVALID_ARGUMENT | shorten it |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
@@ -948,11 +1040,13 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         |---|---|---|---|
         | ttl_ms below 500 or above 3600000 | ARGUMENT_INVALID | INVALID_ARGUMENT | give another, or none |
         | a page is private | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
         | kind not given | ARGUMENT_INVALID | INVALID_ARGUMENT | say KIND_PIN or KIND_PLAIN |
         | offset or size no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align them |
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
         | 4096 holds on the inode already | LIMIT_REACHED | RESOURCE_EXHAUSTED | end one |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | no base memory to split a folio with shared pages | VMEMMAP_RESTORE_FAILED | RESOURCE_EXHAUSTED | free base memory |
@@ -986,6 +1080,49 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | hold was never issued, or is gone | HOLDER_UNKNOWN | NOT_FOUND | nothing to do |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def InjectMemoryError(
+        self,
+        request: _guest_memfd_pb2.InjectMemoryErrorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_guest_memfd_pb2.InjectMemoryErrorResponse, _abc.Awaitable[_guest_memfd_pb2.InjectMemoryErrorResponse]]:
+        """Gives the frame behind a page a memory error, through the allocator, and does what
+        memory_failure() does: the page stays in the filemap, and guest and host lose it; of
+        a whole huge folio they lose all. Returns when that is done. Nothing of this machine
+        is poisoned, and no signal is sent: whoever touches the page next gets SIGBUS.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the page has no folio | FOLIO_UNKNOWN | NOT_FOUND | allocate it first |
+        | the page has an error already | PAGE_POISONED | DATA_LOSS | unpoison it, or take another |
+        | kill_policy is none of KillPolicy | ARGUMENT_INVALID | INVALID_ARGUMENT | use one, or none |
+        | who maps the page cannot be seen | PAGE_IN_USE | ABORTED | try again |
+        | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+        | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def UnpoisonMemory(
+        self,
+        request: _guest_memfd_pb2.UnpoisonMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_guest_memfd_pb2.UnpoisonMemoryResponse, _abc.Awaitable[_guest_memfd_pb2.UnpoisonMemoryResponse]]:
+        """Forgets the memory error of a page (unpoison_memory): its bytes are back. Frames that
+        were punched are the allocator's: see its UnpoisonMemory.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the page has no error | FRAME_UNKNOWN | NOT_FOUND | nothing to do |
+        | offset no multiple of 4096 | RANGE_UNALIGNED | INVALID_ARGUMENT | align it |
+        | offset past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
+        | name was never issued, or is gone | INODE_UNKNOWN | NOT_FOUND | create one |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
         """
@@ -1025,6 +1162,8 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | a page is private (error_offset) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | a page is lost to a memory error (error_offset) | PAGE_POISONED | DATA_LOSS | punch its folio |
+        | max of the cgroup is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | size is 0 | RANGE_EMPTY | INVALID_ARGUMENT | give a size |
         | range ends past the inode | RANGE_PAST_END | INVALID_ARGUMENT | stay below size |
         | no page left in the reservation | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one |
@@ -1056,6 +1195,8 @@ class GuestMemfdServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | a page is private (error_offset, stored) | PAGE_NOT_FAULTABLE | PERMISSION_DENIED | convert it to shared |
+        | a page is lost to a memory error (error_offset, stored) | PAGE_POISONED | DATA_LOSS | punch its folio |
+        | max of the cgroup is reached (stored) | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | the stream ends before size bytes, or has more (stored) | STREAM_LENGTH | INVALID_ARGUMENT | send size bytes |
         | the first message is no header, or a later one is; a part of 0 or over 1 MiB | ARGUMENT_INVALID | INVALID_ARGUMENT | mend the stream |
         | programs touch the pages faster than they can be withdrawn (stored) | PAGE_IN_USE | ABORTED | have them pause, write again |

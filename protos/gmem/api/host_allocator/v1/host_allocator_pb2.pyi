@@ -626,6 +626,8 @@ class ReserveRequest(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     USE_SURPLUS_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    CHARGE_RSVD_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     num_pages: _builtins.int
     node: _builtins.int
@@ -634,6 +636,10 @@ class ReserveRequest(_message.Message):
     """Who the pages are for, shown by ListReservations."""
     use_surplus: _builtins.bool
     """Have surplus pages made where the pool is too small; guest_memfd never does."""
+    cgroup: _builtins.str
+    """The HugeTLB cgroup that is charged for folios; empty: the root."""
+    charge_rsvd: _builtins.bool
+    """Charge it for the reservation as well; RFC_V1 does not."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId: ...
     def __init__(
@@ -645,10 +651,12 @@ class ReserveRequest(_message.Message):
         node: _builtins.int | None = ...,
         owner: _builtins.str = ...,
         use_surplus: _builtins.bool = ...,
+        cgroup: _builtins.str = ...,
+        charge_rsvd: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "node", b"node", "request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "node", b"node", "num_pages", b"num_pages", "owner", b"owner", "page_size", b"page_size", "request_id", b"request_id", "use_surplus", b"use_surplus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "cgroup", b"cgroup", "charge_rsvd", b"charge_rsvd", "node", b"node", "num_pages", b"num_pages", "owner", b"owner", "page_size", b"page_size", "request_id", b"request_id", "use_surplus", b"use_surplus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__node: _TypeAlias = _typing.Literal["node"]  # noqa: Y015
     _WhichOneofArgType__node: _TypeAlias = _typing.Literal["_node", b"_node"]  # noqa: Y015
@@ -1164,6 +1172,7 @@ class Reservation(_message.Message):
     USED_HPAGES_FIELD_NUMBER: _builtins.int
     RSV_HPAGES_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     page_size: _builtins.int
     owner: _builtins.str
@@ -1172,6 +1181,8 @@ class Reservation(_message.Message):
     rsv_hpages: _builtins.int
     closing: _builtins.bool
     """Unreserve was called; folios are still out."""
+    cgroup: _builtins.str
+    """Who is charged; empty for 4K pages."""
     def __init__(
         self,
         *,
@@ -1182,14 +1193,355 @@ class Reservation(_message.Message):
         used_hpages: _builtins.int = ...,
         rsv_hpages: _builtins.int = ...,
         closing: _builtins.bool = ...,
+        cgroup: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "handle", b"handle", "max_hpages", b"max_hpages", "owner", b"owner", "page_size", b"page_size", "rsv_hpages", b"rsv_hpages", "used_hpages", b"used_hpages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "closing", b"closing", "handle", b"handle", "max_hpages", b"max_hpages", "owner", b"owner", "page_size", b"page_size", "rsv_hpages", b"rsv_hpages", "used_hpages", b"used_hpages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Reservation: _TypeAlias = Reservation  # noqa: Y015
+
+@_typing.final
+class CgroupLimit(_message.Message):
+    """A limit in bytes, or none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    UNLIMITED_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    unlimited: _builtins.bool
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        unlimited: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kind", b"kind", "unlimited", b"unlimited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kind", b"kind", "unlimited", b"unlimited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["bytes", "unlimited"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___CgroupLimit: _TypeAlias = CgroupLimit  # noqa: Y015
+
+@_typing.final
+class CgroupCounters(_message.Message):
+    """The files hugetlb.<size>.* of one cgroup, in bytes; a limit that is absent is `max`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    MAX_USAGE_FIELD_NUMBER: _builtins.int
+    RSVD_CURRENT_FIELD_NUMBER: _builtins.int
+    RSVD_MAX_FIELD_NUMBER: _builtins.int
+    RSVD_MAX_USAGE_FIELD_NUMBER: _builtins.int
+    EVENTS_MAX_FIELD_NUMBER: _builtins.int
+    EVENTS_LOCAL_MAX_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    current: _builtins.int
+    max: _builtins.int
+    max_usage: _builtins.int
+    """max_usage_in_bytes of cgroup v1."""
+    rsvd_current: _builtins.int
+    rsvd_max: _builtins.int
+    rsvd_max_usage: _builtins.int
+    events_max: _builtins.int
+    """Charges that failed here or below, and here alone."""
+    events_local_max: _builtins.int
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        current: _builtins.int = ...,
+        max: _builtins.int | None = ...,
+        max_usage: _builtins.int = ...,
+        rsvd_current: _builtins.int = ...,
+        rsvd_max: _builtins.int | None = ...,
+        rsvd_max_usage: _builtins.int = ...,
+        events_max: _builtins.int = ...,
+        events_local_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_rsvd_max", b"_rsvd_max", "max", b"max", "rsvd_max", b"rsvd_max"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_rsvd_max", b"_rsvd_max", "current", b"current", "events_local_max", b"events_local_max", "events_max", b"events_max", "max", b"max", "max_usage", b"max_usage", "page_size", b"page_size", "rsvd_current", b"rsvd_current", "rsvd_max", b"rsvd_max", "rsvd_max_usage", b"rsvd_max_usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
+    _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015
+    _WhichOneofReturnType__rsvd_max: _TypeAlias = _typing.Literal["rsvd_max"]  # noqa: Y015
+    _WhichOneofArgType__rsvd_max: _TypeAlias = _typing.Literal["_rsvd_max", b"_rsvd_max"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max) -> _WhichOneofReturnType__max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rsvd_max) -> _WhichOneofReturnType__rsvd_max | None: ...
+
+Global___CgroupCounters: _TypeAlias = CgroupCounters  # noqa: Y015
+
+@_typing.final
+class Cgroup(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def counters(self) -> _containers.RepeatedCompositeFieldContainer[Global___CgroupCounters]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        counters: _abc.Iterable[Global___CgroupCounters] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cgroup: _TypeAlias = Cgroup  # noqa: Y015
+
+@_typing.final
+class CreateCgroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateCgroupRequest: _TypeAlias = CreateCgroupRequest  # noqa: Y015
+
+@_typing.final
+class CreateCgroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def cgroup(self) -> Global___Cgroup: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        cgroup: Global___Cgroup | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateCgroupResponse: _TypeAlias = CreateCgroupResponse  # noqa: Y015
+
+@_typing.final
+class UpdateCgroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    RSVD_MAX_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    page_size: _builtins.int
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    @_builtins.property
+    def max(self) -> Global___CgroupLimit:
+        """Absent: as it is."""
+
+    @_builtins.property
+    def rsvd_max(self) -> Global___CgroupLimit: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        name: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        max: Global___CgroupLimit | None = ...,
+        rsvd_max: Global___CgroupLimit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max", b"max", "request_id", b"request_id", "rsvd_max", b"rsvd_max"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max", b"max", "name", b"name", "page_size", b"page_size", "request_id", b"request_id", "rsvd_max", b"rsvd_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateCgroupRequest: _TypeAlias = UpdateCgroupRequest  # noqa: Y015
+
+@_typing.final
+class UpdateCgroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def cgroup(self) -> Global___Cgroup: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        cgroup: Global___Cgroup | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateCgroupResponse: _TypeAlias = UpdateCgroupResponse  # noqa: Y015
+
+@_typing.final
+class DeleteCgroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def request_id(self) -> _types_pb2.RequestId: ...
+    def __init__(
+        self,
+        *,
+        request_id: _types_pb2.RequestId | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCgroupRequest: _TypeAlias = DeleteCgroupRequest  # noqa: Y015
+
+@_typing.final
+class DeleteCgroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCgroupResponse: _TypeAlias = DeleteCgroupResponse  # noqa: Y015
+
+@_typing.final
+class GetCgroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCgroupRequest: _TypeAlias = GetCgroupRequest  # noqa: Y015
+
+@_typing.final
+class GetCgroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    @_builtins.property
+    def cgroup(self) -> Global___Cgroup: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        cgroup: Global___Cgroup | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCgroupResponse: _TypeAlias = GetCgroupResponse  # noqa: Y015
+
+@_typing.final
+class ListCgroupsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCgroupsRequest: _TypeAlias = ListCgroupsRequest  # noqa: Y015
+
+@_typing.final
+class ListCgroupsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CGROUPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def cgroups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cgroup]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        cgroups: _abc.Iterable[Global___Cgroup] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroups", b"cgroups", "next_page_token", b"next_page_token", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCgroupsResponse: _TypeAlias = ListCgroupsResponse  # noqa: Y015
 
 @_typing.final
 class FolioRun(_message.Message):

@@ -120,6 +120,31 @@ class HostAllocatorServiceStub:
                 request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveRequest.SerializeToString,
                 response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveResponse.FromString,
                 _registered_method=True)
+        self.CreateCgroup = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/CreateCgroup',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.CreateCgroupRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.CreateCgroupResponse.FromString,
+                _registered_method=True)
+        self.UpdateCgroup = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/UpdateCgroup',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UpdateCgroupRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UpdateCgroupResponse.FromString,
+                _registered_method=True)
+        self.DeleteCgroup = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/DeleteCgroup',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.DeleteCgroupRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.DeleteCgroupResponse.FromString,
+                _registered_method=True)
+        self.GetCgroup = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/GetCgroup',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.GetCgroupRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.GetCgroupResponse.FromString,
+                _registered_method=True)
+        self.ListCgroups = channel.unary_unary(
+                '/gmem.api.host_allocator.v1.HostAllocatorService/ListCgroups',
+                request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListCgroupsRequest.SerializeToString,
+                response_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListCgroupsResponse.FromString,
+                _registered_method=True)
         self.ListReservations = channel.unary_unary(
                 '/gmem.api.host_allocator.v1.HostAllocatorService/ListReservations',
                 request_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListReservationsRequest.SerializeToString,
@@ -232,6 +257,8 @@ class HostAllocatorServiceServicer:
         | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see ListPools |
         | num_pages is 0 | SIZE_INVALID | INVALID_ARGUMENT | ask for one or more |
         | node does not exist | NODE_UNKNOWN | INVALID_ARGUMENT | see GetStatistics |
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | rsvd.max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or unreserve |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
         """
@@ -246,6 +273,7 @@ class HostAllocatorServiceServicer:
         | condition | reason | status | recovery |
         |---|---|---|---|
         | the reservation has no page left | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one of its folios |
+        | max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no free page on the policy's nodes | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | page_size differs from the reservation's | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use its size |
@@ -377,6 +405,75 @@ class HostAllocatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateCgroup(self, request, context):
+        """Makes a HugeTLB cgroup without limits (mkdir); its parent must be there.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | name is no path such as /tenant/vm | ARGUMENT_INVALID | INVALID_ARGUMENT | use letters, digits, '_', '.' and '-' |
+        | name is taken | CGROUP_EXISTS | ALREADY_EXISTS | use another |
+        | the parent does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it first |
+        | 4096 cgroups exist | LIMIT_REACHED | RESOURCE_EXHAUSTED | delete one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateCgroup(self, request, context):
+        """Writes hugetlb.<size>.max and hugetlb.<size>.rsvd.max, rounded down to pages. What
+        is charged already stays.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use 2M or 1G |
+        | neither limit is given | ARGUMENT_INVALID | INVALID_ARGUMENT | set one |
+        | the root | STATE_WRONG | FAILED_PRECONDITION | create a cgroup |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCgroup(self, request, context):
+        """Removes a cgroup (rmdir); its charges are its parent's from then on.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | nothing to do |
+        | it has children, or is the root | OBJECT_IN_USE | FAILED_PRECONDITION | delete those first |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCgroup(self, request, context):
+        """One cgroup; an empty name is the root.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCgroups(self, request, context):
+        """Cgroups in the order of their names, the root first.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListReservations(self, request, context):
         """Reservations in the order of their handles.
 
@@ -499,6 +596,31 @@ def add_HostAllocatorServiceServicer_to_server(servicer, server):
                     servicer.Unreserve,
                     request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveRequest.FromString,
                     response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveResponse.SerializeToString,
+            ),
+            'CreateCgroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateCgroup,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.CreateCgroupRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.CreateCgroupResponse.SerializeToString,
+            ),
+            'UpdateCgroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateCgroup,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UpdateCgroupRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UpdateCgroupResponse.SerializeToString,
+            ),
+            'DeleteCgroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCgroup,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.DeleteCgroupRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.DeleteCgroupResponse.SerializeToString,
+            ),
+            'GetCgroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCgroup,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.GetCgroupRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.GetCgroupResponse.SerializeToString,
+            ),
+            'ListCgroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCgroups,
+                    request_deserializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListCgroupsRequest.FromString,
+                    response_serializer=gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListCgroupsResponse.SerializeToString,
             ),
             'ListReservations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListReservations,
@@ -976,6 +1098,141 @@ class HostAllocatorService:
             '/gmem.api.host_allocator.v1.HostAllocatorService/Unreserve',
             gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveRequest.SerializeToString,
             gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UnreserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateCgroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/CreateCgroup',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.CreateCgroupRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.CreateCgroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateCgroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/UpdateCgroup',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UpdateCgroupRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.UpdateCgroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCgroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/DeleteCgroup',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.DeleteCgroupRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.DeleteCgroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCgroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/GetCgroup',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.GetCgroupRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.GetCgroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCgroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gmem.api.host_allocator.v1.HostAllocatorService/ListCgroups',
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListCgroupsRequest.SerializeToString,
+            gmem_dot_api_dot_host__allocator_dot_v1_dot_host__allocator__pb2.ListCgroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,

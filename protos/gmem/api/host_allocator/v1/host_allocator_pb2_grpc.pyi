@@ -93,6 +93,8 @@ class HostAllocatorServiceStub:
     | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see ListPools |
     | num_pages is 0 | SIZE_INVALID | INVALID_ARGUMENT | ask for one or more |
     | node does not exist | NODE_UNKNOWN | INVALID_ARGUMENT | see GetStatistics |
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | rsvd.max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or unreserve |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
@@ -103,6 +105,7 @@ class HostAllocatorServiceStub:
     | condition | reason | status | recovery |
     |---|---|---|---|
     | the reservation has no page left | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one of its folios |
+    | max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no free page on the policy's nodes | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | page_size differs from the reservation's | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use its size |
@@ -198,6 +201,55 @@ class HostAllocatorServiceStub:
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
+    CreateCgroup: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.CreateCgroupRequest, _host_allocator_pb2.CreateCgroupResponse]
+    """Makes a HugeTLB cgroup without limits (mkdir); its parent must be there.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | name is no path such as /tenant/vm | ARGUMENT_INVALID | INVALID_ARGUMENT | use letters, digits, '_', '.' and '-' |
+    | name is taken | CGROUP_EXISTS | ALREADY_EXISTS | use another |
+    | the parent does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it first |
+    | 4096 cgroups exist | LIMIT_REACHED | RESOURCE_EXHAUSTED | delete one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    UpdateCgroup: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.UpdateCgroupRequest, _host_allocator_pb2.UpdateCgroupResponse]
+    """Writes hugetlb.<size>.max and hugetlb.<size>.rsvd.max, rounded down to pages. What
+    is charged already stays.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use 2M or 1G |
+    | neither limit is given | ARGUMENT_INVALID | INVALID_ARGUMENT | set one |
+    | the root | STATE_WRONG | FAILED_PRECONDITION | create a cgroup |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    DeleteCgroup: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.DeleteCgroupRequest, _host_allocator_pb2.DeleteCgroupResponse]
+    """Removes a cgroup (rmdir); its charges are its parent's from then on.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | nothing to do |
+    | it has children, or is the root | OBJECT_IN_USE | FAILED_PRECONDITION | delete those first |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    GetCgroup: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.GetCgroupRequest, _host_allocator_pb2.GetCgroupResponse]
+    """One cgroup; an empty name is the root.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    """
+    ListCgroups: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.ListCgroupsRequest, _host_allocator_pb2.ListCgroupsResponse]
+    """Cgroups in the order of their names, the root first.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
+    """
     ListReservations: _grpc.UnaryUnaryMultiCallable[_host_allocator_pb2.ListReservationsRequest, _host_allocator_pb2.ListReservationsResponse]
     """Reservations in the order of their handles.
 
@@ -287,6 +339,8 @@ class HostAllocatorServiceAsyncStub(HostAllocatorServiceStub):
     | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see ListPools |
     | num_pages is 0 | SIZE_INVALID | INVALID_ARGUMENT | ask for one or more |
     | node does not exist | NODE_UNKNOWN | INVALID_ARGUMENT | see GetStatistics |
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | rsvd.max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or unreserve |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
     """
@@ -297,6 +351,7 @@ class HostAllocatorServiceAsyncStub(HostAllocatorServiceStub):
     | condition | reason | status | recovery |
     |---|---|---|---|
     | the reservation has no page left | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one of its folios |
+    | max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
     | no free page on the policy's nodes | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
     | page_size differs from the reservation's | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use its size |
@@ -391,6 +446,55 @@ class HostAllocatorServiceAsyncStub(HostAllocatorServiceStub):
     | handle was never issued, or is gone | HANDLE_UNKNOWN | NOT_FOUND | nothing to do |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
     | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    CreateCgroup: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.CreateCgroupRequest, _host_allocator_pb2.CreateCgroupResponse]  # type: ignore[assignment]
+    """Makes a HugeTLB cgroup without limits (mkdir); its parent must be there.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | name is no path such as /tenant/vm | ARGUMENT_INVALID | INVALID_ARGUMENT | use letters, digits, '_', '.' and '-' |
+    | name is taken | CGROUP_EXISTS | ALREADY_EXISTS | use another |
+    | the parent does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it first |
+    | 4096 cgroups exist | LIMIT_REACHED | RESOURCE_EXHAUSTED | delete one |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    UpdateCgroup: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.UpdateCgroupRequest, _host_allocator_pb2.UpdateCgroupResponse]  # type: ignore[assignment]
+    """Writes hugetlb.<size>.max and hugetlb.<size>.rsvd.max, rounded down to pages. What
+    is charged already stays.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use 2M or 1G |
+    | neither limit is given | ARGUMENT_INVALID | INVALID_ARGUMENT | set one |
+    | the root | STATE_WRONG | FAILED_PRECONDITION | create a cgroup |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    DeleteCgroup: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.DeleteCgroupRequest, _host_allocator_pb2.DeleteCgroupResponse]  # type: ignore[assignment]
+    """Removes a cgroup (rmdir); its charges are its parent's from then on.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | nothing to do |
+    | it has children, or is the root | OBJECT_IN_USE | FAILED_PRECONDITION | delete those first |
+    | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+    | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+    """
+    GetCgroup: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.GetCgroupRequest, _host_allocator_pb2.GetCgroupResponse]  # type: ignore[assignment]
+    """One cgroup; an empty name is the root.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    """
+    ListCgroups: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.ListCgroupsRequest, _host_allocator_pb2.ListCgroupsResponse]  # type: ignore[assignment]
+    """Cgroups in the order of their names, the root first.
+
+    | condition | reason | status | recovery |
+    |---|---|---|---|
+    | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
     """
     ListReservations: _aio.UnaryUnaryMultiCallable[_host_allocator_pb2.ListReservationsRequest, _host_allocator_pb2.ListReservationsResponse]  # type: ignore[assignment]
     """Reservations in the order of their handles.
@@ -526,6 +630,8 @@ class HostAllocatorServiceServicer(metaclass=_abc_1.ABCMeta):
         | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see ListPools |
         | num_pages is 0 | SIZE_INVALID | INVALID_ARGUMENT | ask for one or more |
         | node does not exist | NODE_UNKNOWN | INVALID_ARGUMENT | see GetStatistics |
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | rsvd.max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or unreserve |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
         """
@@ -542,6 +648,7 @@ class HostAllocatorServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition | reason | status | recovery |
         |---|---|---|---|
         | the reservation has no page left | SUBPOOL_EMPTY | RESOURCE_EXHAUSTED | free one of its folios |
+        | max of the cgroup, or of an ancestor, is reached | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it, or free folios |
         | no free page on the policy's nodes | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no free base page (4K) | BASE_MEMORY_EMPTY | RESOURCE_EXHAUSTED | free memory |
         | page_size differs from the reservation's | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use its size |
@@ -684,6 +791,85 @@ class HostAllocatorServiceServicer(metaclass=_abc_1.ABCMeta):
         | handle was never issued, or is gone | HANDLE_UNKNOWN | NOT_FOUND | nothing to do |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
         | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def CreateCgroup(
+        self,
+        request: _host_allocator_pb2.CreateCgroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.CreateCgroupResponse, _abc.Awaitable[_host_allocator_pb2.CreateCgroupResponse]]:
+        """Makes a HugeTLB cgroup without limits (mkdir); its parent must be there.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | name is no path such as /tenant/vm | ARGUMENT_INVALID | INVALID_ARGUMENT | use letters, digits, '_', '.' and '-' |
+        | name is taken | CGROUP_EXISTS | ALREADY_EXISTS | use another |
+        | the parent does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it first |
+        | 4096 cgroups exist | LIMIT_REACHED | RESOURCE_EXHAUSTED | delete one |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateCgroup(
+        self,
+        request: _host_allocator_pb2.UpdateCgroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.UpdateCgroupResponse, _abc.Awaitable[_host_allocator_pb2.UpdateCgroupResponse]]:
+        """Writes hugetlb.<size>.max and hugetlb.<size>.rsvd.max, rounded down to pages. What
+        is charged already stays.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | page_size names no pool | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | use 2M or 1G |
+        | neither limit is given | ARGUMENT_INVALID | INVALID_ARGUMENT | set one |
+        | the root | STATE_WRONG | FAILED_PRECONDITION | create a cgroup |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteCgroup(
+        self,
+        request: _host_allocator_pb2.DeleteCgroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.DeleteCgroupResponse, _abc.Awaitable[_host_allocator_pb2.DeleteCgroupResponse]]:
+        """Removes a cgroup (rmdir); its charges are its parent's from then on.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | nothing to do |
+        | it has children, or is the root | OBJECT_IN_USE | FAILED_PRECONDITION | delete those first |
+        | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
+        | request_id used with another body | REQUEST_ID_REUSED | INVALID_ARGUMENT | use a new one |
+        """
+
+    @_abc_1.abstractmethod
+    def GetCgroup(
+        self,
+        request: _host_allocator_pb2.GetCgroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.GetCgroupResponse, _abc.Awaitable[_host_allocator_pb2.GetCgroupResponse]]:
+        """One cgroup; an empty name is the root.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | the cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        """
+
+    @_abc_1.abstractmethod
+    def ListCgroups(
+        self,
+        request: _host_allocator_pb2.ListCgroupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_allocator_pb2.ListCgroupsResponse, _abc.Awaitable[_host_allocator_pb2.ListCgroupsResponse]]:
+        """Cgroups in the order of their names, the root first.
+
+        | condition | reason | status | recovery |
+        |---|---|---|---|
+        | page_token not from this service | PAGE_TOKEN_INVALID | INVALID_ARGUMENT | start without a token |
         """
 
     @_abc_1.abstractmethod

@@ -235,6 +235,7 @@ class Vm(_message.Message):
     GUEST_ALIVE_FIELD_NUMBER: _builtins.int
     MMU_INVALIDATE_SEQ_FIELD_NUMBER: _builtins.int
     EXTENSIONS_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """hosts/{host}/vms/{vm}"""
     type: Global___VmType.ValueType
@@ -243,6 +244,7 @@ class Vm(_message.Message):
     guest_alive: _builtins.bool
     """False when the guest process died."""
     mmu_invalidate_seq: _builtins.int
+    cgroup: _builtins.str
     @_builtins.property
     def memslots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memslot]: ...
     @_builtins.property
@@ -263,10 +265,11 @@ class Vm(_message.Message):
         guest_alive: _builtins.bool = ...,
         mmu_invalidate_seq: _builtins.int = ...,
         extensions: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        cgroup: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extensions", b"extensions", "guest_alive", b"guest_alive", "guest_pid", b"guest_pid", "lineage", b"lineage", "memslots", b"memslots", "mmu_invalidate_seq", b"mmu_invalidate_seq", "name", b"name", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "extensions", b"extensions", "guest_alive", b"guest_alive", "guest_pid", b"guest_pid", "lineage", b"lineage", "memslots", b"memslots", "mmu_invalidate_seq", b"mmu_invalidate_seq", "name", b"name", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,10 +283,15 @@ class CreateVmRequest(_message.Message):
     VM_ID_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     type: Global___VmType.ValueType
     lineage: _builtins.str
     """Empty means RFC_V1."""
+    cgroup: _builtins.str
+    """The HugeTLB cgroup that pays for the huge pages of its files, once they are made;
+    empty: the root.
+    """
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId: ...
     def __init__(
@@ -293,10 +301,11 @@ class CreateVmRequest(_message.Message):
         vm_id: _builtins.str = ...,
         type: Global___VmType.ValueType = ...,
         lineage: _builtins.str = ...,
+        cgroup: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "request_id", b"request_id", "type", b"type", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "lineage", b"lineage", "request_id", b"request_id", "type", b"type", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

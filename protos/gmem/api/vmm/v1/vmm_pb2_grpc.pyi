@@ -84,6 +84,8 @@ class VmmServiceStub:
     | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
     | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+    | the VM's cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | rsvd.max of the VM's cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -294,6 +296,8 @@ class VmmServiceAsyncStub(VmmServiceStub):
     | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
     | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
     | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+    | the VM's cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+    | rsvd.max of the VM's cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
     | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
     | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
     | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |
@@ -537,6 +541,8 @@ class VmmServiceServicer(metaclass=_abc_1.ABCMeta):
         | page size bits or page_order name no size of this host | PAGE_SIZE_UNKNOWN | INVALID_ARGUMENT | see GetCapabilities |
         | size is not positive or no multiple of the page size | SIZE_INVALID | INVALID_ARGUMENT | round it up |
         | size is more than 1 TiB | LIMIT_REACHED | RESOURCE_EXHAUSTED | make several |
+        | the VM's cgroup does not exist | CGROUP_UNKNOWN | NOT_FOUND | create it |
+        | rsvd.max of the VM's cgroup is reached, from RFC_V2 on | CGROUP_LIMIT | RESOURCE_EXHAUSTED | raise it |
         | the pool cannot promise that many pages | POOL_EMPTY | RESOURCE_EXHAUSTED | grow the pool |
         | no such VM | VM_UNKNOWN | NOT_FOUND | create it |
         | no request_id | REQUEST_ID_MISSING | INVALID_ARGUMENT | send one |

@@ -1,0 +1,138 @@
+"""What the allocator says of memory errors, and what the inodes make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from gmem.guest_memfd.core import effects as fx
+from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.values import Sigbus
+from gmem.uapi.errors import Reason
+from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tests.support.gmem_world import EIO, VM, GmemWorld
+from tests.unit.guest_memfd.core.test_memory_failure import (
+    BAD,
+    HOST,
+    LINEAGES,
+    SIZES,
+    Maker,
+    inject,
+)
+
+
+def said(world: GmemWorld) -> dict[int, dict[int, int]]:
+    found: dict[int, dict[int, int]] = {}
+    for frame in world.memory.poisoned_frames():
+        found.setdefault(frame.handle, {})[frame.pfn] = frame.nr_pages
+    return found
+
+
+def hear(world: GmemWorld) -> set[int]:
+    differences, strays = world.core.differences(said(world))
+    for difference in differences:
+        world.run(world.core.apply_difference(difference))
+    assert world.core.differences(said(world)) == ([], strays)
+    return strays
+
+
+def frame_of(inode: Inode, pgoff: int) -> int:
+    index = inode.unit_of(pgoff).start
+    entry = inode.filemap.get(index)
+    assert entry is not None
+    return entry.folio.pfn + pgoff - index
+
+
+@LINEAGES
+@SIZES
+def test_what_the_allocator_says_is_believed_both_ways(
+    maker: Callable[[GmemWorld], Maker], page_size: int
+) -> None:
+    world = GmemWorld()
+    inode = maker(world)(max(page_size, 16 * PAGE_SIZE), page_size)
+    world.write(inode, HOST, BAD, "bytes")
+    pfn = frame_of(inode, BAD)
+    world.memory.inject(pfn)
+    assert hear(world) == set()
+    assert world.read(inode, HOST, BAD) == EIO
+    world.check()
+    world.memory.unpoison(pfn)
+    hear(world)
+    assert world.read(inode, HOST, BAD) == "bytes"
+    world.check()
+
+
+@pytest.mark.parametrize("page_size", [SIZE_2M, SIZE_1G], ids=["2M", "1G"])
+def test_an_error_somewhere_in_a_folio_takes_every_page_split_or_not(
+    page_size: int,
+) -> None:
+    world = GmemWorld()
+    inode = world.bound(page_size, page_size)
+    world.run(world.fault(inode, 0))
+    world.memory.hugetlb[page_size].hwpoison[frame_of(inode, 0)] = (
+        page_size // PAGE_SIZE
+    )
+    hear(world)
+    assert inode.statistics().poisoned_pages == page_size // PAGE_SIZE
+    assert world.read(inode, HOST, 77) == EIO
+
+
+def test_a_folio_on_its_way_to_an_inode_is_a_stray() -> None:
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M)
+    fault = world.task(world.fault(inode, 0))
+    fault.run_until(fx.Allocate)
+    folios = world.perform(fault.effect)  # type: ignore[arg-type]
+    world.memory.inject(folios[0].pfn + 3)
+    assert hear(world) == {folios[0].pfn + 3}
+    fault._resume(folios)
+    fault.finish()
+    assert hear(world) == set()
+    assert world.read(inode, HOST, 3) == EIO
+
+
+@LINEAGES
+def test_an_unattached_folio_is_attached_first(
+    maker: Callable[[GmemWorld], Maker],
+) -> None:
+    world = GmemWorld()
+    inode = maker(world)(SIZE_2M, SIZE_2M)
+    fault = world.task(world.fault(inode, 0))
+    fault.run_until(fx.Split)
+    world.memory.inject(frame_of(inode, 3))
+    differences, _ = world.core.differences(said(world))
+    heard = world.task(world.core.apply_difference(differences[0]))
+    heard.run_until_blocked()
+    fault.finish()
+    heard.finish()
+    assert world.read(inode, HOST, 3) == EIO
+    world.check()
+
+
+def test_a_poisoned_folio_that_cannot_be_split_leaves_a_hole_that_is_shown() -> None:
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
+    fault = world.task(world.get_pfn(inode, 0))
+    fault.finish()
+    # Bind anew as shared: the whole folio is detached, the next fault splits it.
+    world.run(world.core.unbind(inode.number, VM, 0))
+    inject(world, inode, BAD)
+    world.run(world.bind(inode, shared=True))
+    world.fail_next(fx.Split, Reason.VMEMMAP_RESTORE_FAILED)
+    assert world.run(world.fault(inode, 0)) == Sigbus(Reason.PAGE_POISONED)
+    with pytest.raises(OSError, match="injected"):
+        world.run(world.get_pfn(inode, 0))
+    assert inode.statistics().poisoned_pages == 0
+    assert world.read(inode, HOST, BAD) == 0
+    world.check()
+
+
+def test_an_inode_that_is_gone_is_passed_over() -> None:
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M)
+    world.run(world.fault(inode, 0))
+    world.memory.inject(frame_of(inode, 3))
+    (difference,), _ = world.core.differences(said(world))
+    world.run(world.core.close(inode.number))
+    world.run(world.core.apply_difference(difference))
