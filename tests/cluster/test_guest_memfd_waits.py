@@ -11,6 +11,7 @@ import pytest
 
 from gmem.client import GuestMemfdClient
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 from tests.support.hosts import VM, FakeVmm, Host, Inode, new_inode
 from tests.support.wire import serve_vmm
@@ -172,3 +173,44 @@ async def test_a_caller_that_goes_away_stops_nothing_half_way(
     async with asyncio.timeout(SOON_SECONDS):
         while (await inode.get()).st_blocks:
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("lineage", Lineage)
+async def test_a_guest_fault_is_served_while_its_page_is_punched_in_rfc_v1_alone(
+    clean_host: Host, gmem: GuestMemfdClient, vmm: Vmm, lineage: Lineage
+) -> None:
+    """The race of the first series: get_pfn takes no lock there, and others wait."""
+    size = 4 * PAGE_SIZE
+    made = await gmem.create_guest_memfd(
+        size=size, page_size=PAGE_SIZE, lineage=lineage.value, vm=VM
+    )
+    inode = Inode(clean_host, gmem, made.name, size)
+    await gmem.bind_memslot(
+        name=inode.name,
+        vm=VM,
+        slot=0,
+        base_gfn=0,
+        offset=0,
+        size=size,
+        vmm_target=vmm.target,
+    )
+    first = await gmem.get_pfn(name=inode.name, vm=VM, slot=0, gfn=1)
+    vmm.may_answer.clear()
+    punch = asyncio.create_task(inode.fallocate(PUNCH, 0, size))
+    await asyncio.wait_for(vmm.asked.wait(), SOON_SECONDS)
+
+    fault = asyncio.create_task(gmem.get_pfn(name=inode.name, vm=VM, slot=0, gfn=1))
+    served, _ = await asyncio.wait({fault}, timeout=1.0)
+    assert not punch.done()
+    assert bool(served) is (lineage is Lineage.RFC_V1)
+    if served:
+        # The very frame that is being truncated.
+        assert fault.result().pfn == first.pfn
+
+    vmm.may_answer.set()
+    async with asyncio.timeout(SOON_SECONDS):
+        await asyncio.gather(punch, fault)
+    # Nobody keeps it: its VM was told of what it was handed meanwhile.
+    begun = [told for told in vmm.told if told[0] == "begin"]
+    assert len(begun) == (2 if served else 1)
+    assert bool((await inode.get()).whole_folios) is not bool(served)

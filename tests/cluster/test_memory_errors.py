@@ -156,6 +156,25 @@ async def test_a_vcpu_leaves_with_ehwpoison(
         await machine.run(load(GPA + BAD, 1), halt())
 
 
+async def test_a_guest_that_reaches_a_poisoned_page_through_userspace_leaves(
+    clean_host: Host, gmem: GuestMemfdClient
+) -> None:
+    """Deviation 82: RFC_V1 does not ask the file for shared pages."""
+    async with booted(clean_host, gmem, size=SIZE_2M, flags=HUGE_2M) as machine:
+        await machine.run(fill(GPA, SIZE_2M, 7))
+        await gmem.inject_memory_error(name=machine.inode.name, offset=BAD)
+        async with machine.client.run(
+            vm=machine.vm, program=[load(GPA + BAD, 1)]
+        ) as run:
+            fault = (await anext(run.exits())).memory_fault
+        assert (fault.errno, fault.flags) == (Errno.EFAULT, 0)
+        (found,) = await machine.run(verify(GPA, BAD, 7))
+        assert found.count == 0
+        await gmem.unpoison_memory(name=machine.inode.name, offset=BAD)
+        (found,) = await machine.run(verify(GPA, SIZE_2M, 7))
+        assert found.count == 0
+
+
 async def test_pre_faulting_a_poisoned_page_is_ehwpoison(
     clean_host: Host, gmem: GuestMemfdClient
 ) -> None:
