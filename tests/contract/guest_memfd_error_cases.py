@@ -11,6 +11,10 @@ from tests.contract.guest_memfd_scene import Body
 
 R = Reason
 ELSEWHERE: Final = {
+    ("BindMemslot", R.DESCRIPTOR_TYPE): "tests/cluster/test_bad_input.py",
+    ("CreateGuestMemfd", R.LIMIT_REACHED): (
+        "tests/unit/guest_memfd/core/test_checks.py"
+    ),
     ("InjectMemoryError", R.PAGE_IN_USE): (
         "tests/unit/guest_memfd/core/test_memory_failure.py"
     ),

@@ -245,6 +245,7 @@ ROWS: Final[Mapping[str, Callable[[Column], str]]] = {
         if c.rules.mempolicy_by_range
         else "of CreateGuestMemfd"
     ),
+    "a cgroup pays for reservations": lambda c: _yes(c.rules.charges_rsvd),
     "a huge entry of stage 2 needs": _levels,
 }
 

@@ -67,8 +67,11 @@ class Views(Protocol):
     ) -> None:
         """Give pages of a view a state."""
 
-    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> None:
-        """Drop pages that are CLOSING from every mapping, where that is enforced."""
+    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> bool:
+        """Drop pages that are CLOSING from every mapping, where that is enforced.
+
+        Tells whether bytes came back that were not stored yet.
+        """
 
     def quiesce(self, ino: int, view: ViewKind, start: int, stop: int) -> object:
         """Make OPEN pages QUIESCED: nobody is to touch them until they open again."""

@@ -25,9 +25,15 @@ class Ledger:
         return [Pool(page_size=SIZE_1G)]
 
     async def reserve(
-        self, *, page_size: int, num_pages: int, owner: str, use_surplus: bool
+        self,
+        *,
+        page_size: int,
+        num_pages: int,
+        owner: str,
+        use_surplus: bool,
+        charge_rsvd: bool,
     ) -> int:
-        assert (page_size, use_surplus) == (SIZE_1G, True)
+        assert (page_size, use_surplus, charge_rsvd) == (SIZE_1G, True, True)
         self.resv += num_pages
         return num_pages
 

@@ -7,12 +7,12 @@ import pytest
 from gmem.guest_memfd import recovery
 from gmem.guest_memfd.core.inode import Inode, InodeOptions
 from gmem.guest_memfd.core.lineage import RULES
-from gmem.guest_memfd.core.values import PageState, ViewKind
+from gmem.guest_memfd.core.values import Folio, PageState, ViewKind
 from gmem.guest_memfd.page_states import InodeTable
 from gmem.guest_memfd.recovery import Misplaced
 from gmem.uapi.flags import Faultability
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import PgRange
+from gmem.uapi.pages import NodeId, Pfn, PgRange
 
 PAGE = 4096
 HOST, GUEST = ViewKind.HOST, ViewKind.GUEST
@@ -105,3 +105,21 @@ def test_without_an_inode_the_table_itself_decides(table: InodeTable) -> None:
     table.set_guest(4, 6, OPEN)
     assert recovery.settle(table, None) == []
     assert shown(table) == "H H H . G G . ."
+
+
+def test_a_poisoned_page_is_shown_nowhere_whoever_showed_it(
+    table: InodeTable, inode: Inode
+) -> None:
+    for index in range(8):
+        inode.filemap.insert(index, Folio(Pfn(index), 0, NodeId(0)))
+    for page in (1, 2, 5):
+        inode.poisoned.add(PgRange(page, page + 1))
+    # The errors of 2 and 5 came while nobody served.
+    table.set_host(0, 1, OPEN)
+    table.set_host(2, 4, OPEN)
+    table.set_guest(4, 8, OPEN)
+    misplaced = recovery.settle(table, inode)
+    assert shown(table) == "H . h H G g G G"
+    assert [part.poisoned for part in misplaced] == [True, True]
+    finished(table, misplaced)
+    assert shown(table) == "H . . H G . G G"

@@ -105,8 +105,13 @@ class MemfdSession:
             pages.bring(view, start, stop)
         pages.table.set_state(view, start, stop, state)
 
-    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> None:
-        """Do nothing: mappings go when the bytes do, which is when they move."""
+    def invalidate(self, ino: int, view: ViewKind, start: int, stop: int) -> bool:
+        """Do nothing: mappings go when the bytes do, which is when they move.
+
+        No byte of a mapping is ever dirty: it is in the file at once.
+        """
+        del ino, view, start, stop
+        return False
 
     def quiesce(self, ino: int, view: ViewKind, start: int, stop: int) -> None:
         """Say that OPEN pages are not to be touched; only clients that look obey."""

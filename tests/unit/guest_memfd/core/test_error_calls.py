@@ -8,6 +8,7 @@ import pytest
 
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.inode import Inode
+from gmem.guest_memfd.core.poison import believe_errors
 from gmem.guest_memfd.core.values import Sigbus
 from gmem.uapi.errors import Reason
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
@@ -136,3 +137,40 @@ def test_an_inode_that_is_gone_is_passed_over() -> None:
     (difference,), _ = world.core.differences(said(world))
     world.run(world.core.close(inode.number))
     world.run(world.core.apply_difference(difference))
+
+
+def test_a_poisoned_folio_that_cannot_be_split_is_given_back_when_it_is_heard_of() -> (
+    None
+):
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
+    world.run(world.get_pfn(inode, 0))
+    world.run(world.core.unbind(inode.number, VM, 0))
+    world.run(world.bind(inode, shared=True))
+    world.memory.inject(frame_of(inode, 3))
+    world.fail_next(fx.Split, Reason.VMEMMAP_RESTORE_FAILED)
+    assert hear(world) == set()
+    assert inode.statistics().whole_folios == 0
+    assert [frame.handle for frame in world.memory.poisoned_frames()] == [0]
+    world.check()
+
+
+def test_what_was_heard_before_is_nothing_new() -> None:
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M)
+    world.run(world.fault(inode, 0))
+    world.memory.inject(frame_of(inode, 3))
+    (difference,), _ = world.core.differences(said(world))
+    world.run(world.core.apply_difference(difference))
+    world.log.clear()
+    world.run(world.core.apply_difference(difference))
+    assert not world.asked(fx.InvalidateView)
+
+
+def test_a_restarted_service_believes_what_it_is_told_before_it_serves() -> None:
+    world = GmemWorld()
+    inode = world.bound(2 * SIZE_2M, SIZE_2M)
+    world.run(world.fault(inode, 512))
+    pfn = frame_of(inode, 512 + 7)
+    believe_errors(inode, {pfn: 1, pfn + 4096: 1})
+    assert inode.statistics().poisoned_offsets == ((512 + 7) * PAGE_SIZE,)
