@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.sources import REPOSITORY
 
+# Most of it is the installation of what the wheel depends on.
 pytestmark = [pytest.mark.fuse, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROJECT = REPOSITORY / "docs" / "examples" / "vmm_project"
@@ -61,11 +62,12 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", base / "venv", cwd=base)
     (base / "pytest.lock").write_text(locked(PYTEST))
     found = base / "venv" / "bin" / "python"
-    exact = ("install", "--no-deps", "--require-hashes", "--requirement")
+    install = ("install", "--no-deps", "--no-compile")
+    exact = (*install, "--require-hashes", "--requirement")
     for lock in (REPOSITORY / "requirements.lock", base / "pytest.lock"):
         run(found, *pip, *exact, lock, cwd=base)
     (wheel,) = base.glob("*.whl")
-    run(found, *pip, "install", "--no-deps", wheel, cwd=base)
+    run(found, *pip, *install, wheel, cwd=base)
     run(found, "-m", "pip", "check", cwd=base)
     return found
 
@@ -88,8 +90,7 @@ def test_the_project_finds_its_mistake_and_nothing_else(
 
     (kept,) = (project / "gmem-artifacts").iterdir()
     trace = (kept / "trace.txt").read_text()
-    assert "PinPages" in trace
-    assert "PAGE_IN_USE" in trace
+    assert trace.index("PinPages answered") < trace.index("UnpinPages answered")
     assert (kept / "state.json").stat().st_size > 0
 
 

@@ -28,6 +28,8 @@ from gmem.uapi.flags import (
     KVM_GUEST_MEMFD_HUGE_SHIFT,
     KVM_GUEST_MEMFD_HUGETLB,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_MEMORY_ATTRIBUTES2_FORMAT,
+    KVM_SET_MEMORY_ATTRIBUTES2,
     VmType,
 )
 from gmem.uapi.pages import PAGE_SIZE
@@ -96,6 +98,18 @@ def _convert_ioctl(vm: Vm, file: GuestMemfd, asked: Asked) -> None:
         raise ConvertRefused(error.errno or 0, error_offset) from error
 
 
+def _set_attributes2(vm: Vm, file: GuestMemfd, asked: Asked) -> None:
+    del vm
+    attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if asked.private else 0
+    words = [asked.offset, asked.size, attributes, *[0] * 13]
+    argument = bytearray(struct.pack(KVM_MEMORY_ATTRIBUTES2_FORMAT, *words))
+    try:
+        file.ioctl(KVM_SET_MEMORY_ATTRIBUTES2, argument)
+    except OSError as error:
+        written = struct.unpack(KVM_MEMORY_ATTRIBUTES2_FORMAT, argument)
+        raise ConvertRefused(error.errno or 0, written[4]) from error
+
+
 def _log2(page_size: int) -> int:
     return page_size.bit_length() - 1
 
@@ -135,7 +149,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         vm_type=VmType.SW_PROTECTED,
         in_use="EAGAIN",
         keeps_contents=True,
-        convert=None,
+        convert=_set_attributes2,
     ),
     MAINLINE: Dialect(
         shared=GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,

@@ -32,6 +32,7 @@ from gmem.runtime.config import HostShape, NodeShape
 from gmem.testing.conformance.emulator_guest import EmulatedRun, to_wire
 from gmem.testing.conformance.guest import Instruction
 from gmem.testing.conformance.kvm import (
+    IN_PLACE,
     MAINLINE,
     RFC_V1,
     RFC_V2,
@@ -77,11 +78,13 @@ _MODES: Final = {
     3: MemPolicy.MODE_INTERLEAVE,
 }
 """MPOL_* of mbind, and as they go over the wire."""
-_PAGE_SIZES: Final[Mapping[str, Sequence[int]]] = {
+PAGE_SIZES: Final[Mapping[str, Sequence[int]]] = {
     RFC_V1: ALL_SIZES,
     RFC_V2: ALL_SIZES,
+    IN_PLACE: SMALL,
     MAINLINE: SMALL,
 }
+"""What a host plays, each with the page sizes that a file of it may have."""
 _FEATURES: Final = frozenset(
     {
         Feature.GUESTS,
@@ -125,7 +128,7 @@ class Emulator(Backend):
     @property
     def capabilities(self) -> Capabilities:
         """Every lineage with every page size."""
-        return Capabilities(_PAGE_SIZES, _FEATURES, _MISSING)
+        return Capabilities(PAGE_SIZES, _FEATURES, _MISSING)
 
     def create_vm(self, *, lineage: str, vm_type: VmType) -> Vm:
         """KVM_CREATE_VM."""

@@ -28,7 +28,7 @@ def vmm(gmem_vm: Vm, gmem_inode: GuestMemfd) -> TinyVmm:
 def test_guest_and_host_share_memory(vmm: TinyVmm, guest_memory: Window) -> None:
     """Each reads what the other wrote."""
     guest_memory.store(0, b"A")
-    seen, _ = vmm.run(Verify(GPA, 1, ord("A")), Store(GPA, b"B"))
+    (seen,) = vmm.run(Verify(GPA, 1, ord("A")), Store(GPA, b"B"))
     assert seen.count == 0
     assert guest_memory.load(0) == b"B"
 
@@ -37,7 +37,7 @@ def test_private_memory_is_sigbus_for_the_host(
     vmm: TinyVmm, guest_memory: Window
 ) -> None:
     """What the guest made private kills a host that looks."""
-    asked, _ = vmm.run(MapGpaRange(GPA, 1, private=True), Store(GPA, b"secret"))
+    (asked,) = vmm.run(MapGpaRange(GPA, 1, private=True), Store(GPA, b"secret"))
     assert asked.value == 0
     assert guest_memory.load(0) == Died(signal.SIGBUS)
 

@@ -13,6 +13,7 @@ from gmem.testing.conformance.cases import (
     section_h,
     section_i,
     section_j,
+    section_k,
     section_m,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "section_h",
     "section_i",
     "section_j",
+    "section_k",
     "section_m",
 ]

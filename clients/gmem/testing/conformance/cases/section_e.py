@@ -23,6 +23,7 @@ from gmem.testing.conformance.guest import (
     Verify,
 )
 from gmem.testing.conformance.kvm import (
+    IN_PLACE,
     RFC_V1,
     Feature,
     HasFileno,
@@ -43,7 +44,10 @@ from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 GUESTS: Final = (Feature.PRIVATE_MEMORY, Feature.GUESTS)
 DATA: Final = SIZE_2M + PAGE_SIZE
 IN_FILE: Final = "g"
-"""The variant in which shared memory comes from the file, `-g`."""
+"""The variant in which shared memory comes from the file, `-g`.
+
+The source IN_PLACE is the same, and the kernel unmaps by itself.
+"""
 RANGES: Final = (
     (0, PAGE_SIZE),
     (0, SIZE_2M),
@@ -71,6 +75,8 @@ class Conversions:
     in_file: bool
     fallocate: bool
     chunk: int
+    must_drop: bool = True
+    """Whether the VMM has to drop its mappings before a conversion to private."""
     used: tuple[int, int] = (0, DATA)
     """Where in its data a vCPU writes."""
 
@@ -109,7 +115,7 @@ class Conversions:
     def before_conversion(self, offset: int, size: int, private: bool) -> None:
         """Do what userspace must do before a conversion, and what it may."""
         file = self.machine.file
-        if private and self.in_file:
+        if private and self.in_file and self.must_drop:
             self.window.dont_need(offset, size)
         if self.fallocate and private:
             file.allocate(offset, size)
@@ -176,7 +182,8 @@ def conversions(
     chunk = aligned(DATA, max(SIZE_2M, scene.page_size))
     flags = scene.flags(scene.dialect.shared) if flags is None else flags
     file = scene.created(vm, vcpus * chunk, flags)
-    side: HasFileno = file if source == IN_FILE else scene.memfd(file.size)
+    in_file = source in {IN_FILE, IN_PLACE}
+    side: HasFileno = file if in_file else scene.memfd(file.size)
     size = file.size // slots
     for slot in range(slots):
         vm.set_user_memory_region2(
@@ -193,7 +200,8 @@ def conversions(
     window = scene.toucher(side).map(file.size)
     if source == "anonymous_thp":
         window.madvise(mmap.MADV_HUGEPAGE)
-    return Conversions(scene, machine, window, source == IN_FILE, fallocate, chunk)
+    must_drop = source != IN_PLACE
+    return Conversions(scene, machine, window, in_file, fallocate, chunk, must_drop)
 
 
 def _of_variant(scene: Scene) -> Conversions:

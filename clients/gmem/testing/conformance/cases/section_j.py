@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from gmem.testing.conformance.guest import Load, Store
-from gmem.testing.conformance.kvm import RFC_V2, Feature
+from gmem.testing.conformance.kvm import IN_PLACE, RFC_V2, Feature
 from gmem.testing.conformance.outcomes import OK, SIGBUS
 from gmem.testing.conformance.registry import ALL_SIZES, case
 from gmem.testing.conformance.scene import Machine, Scene
@@ -14,6 +14,8 @@ from gmem.uapi.flags import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from gmem.uapi.pages import PAGE_SIZE
 
 GUESTS: Final = (Feature.GUESTS,)
+KEEPING: Final = (RFC_V2, IN_PLACE)
+"""In-place conversion repeats the first of these lines."""
 PAGES: Final = 4
 TO_PRIVATE: Final = "convert to private"
 TO_SHARED: Final = "convert to shared"
@@ -143,8 +145,8 @@ for _number, _body in {
     "C088": starts_private,
     "C091": one_of_four,
 }.items():
-    case(_number, lineages=(RFC_V2,), page_sizes=ALL_SIZES, needs=GUESTS)(_body)
-case("C089", lineages=(RFC_V2,), page_sizes=ALL_SIZES)(before_allocation)
+    case(_number, lineages=KEEPING, page_sizes=ALL_SIZES, needs=GUESTS)(_body)
+case("C089", lineages=KEEPING, page_sizes=ALL_SIZES)(before_allocation)
 case(
     "C092",
     lineages=(RFC_V2,),
