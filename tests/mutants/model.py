@@ -66,8 +66,8 @@ MODEL: Final[Mapping[str, Mutant]] = {
     ),
     "a folio that could not be split is kept, and lost": _mutant(
         f"{_CORE}.folios",
-        "        yield from _drop(inode, [index])\n        raise\n",
-        "        inode.filemap.remove(index)\n        raise\n",
+        "        yield from _drop(inode, [index])\n        for part",
+        "        inode.filemap.remove(index)\n        for part",
     ),
     "a conversion rounds its range out to huge pages": _mutant(
         f"{_CORE}.conversion",

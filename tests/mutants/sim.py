@@ -100,15 +100,15 @@ SIM: Final[Mapping[str, Mutant]] = {
     ),
     "a view is closed but not unmapped": _mutant(
         "gmem.guest_memfd.core.exposure",
-        "    yield from perform(InvalidateView(number, view, pages))\n",
-        "",
+        "    dirty = yield from perform(InvalidateView(number, view, pages))\n",
+        "    dirty = False\n",
     ),
     "a view is unmapped before it refuses": _mutant(
         "gmem.guest_memfd.core.exposure",
         """    yield from perform(SetViewState(number, view, pages, PageState.CLOSING))
-    yield from perform(InvalidateView(number, view, pages))
+    dirty = yield from perform(InvalidateView(number, view, pages))
 """,
-        """    yield from perform(InvalidateView(number, view, pages))
+        """    dirty = yield from perform(InvalidateView(number, view, pages))
     yield from perform(SetViewState(number, view, pages, PageState.CLOSING))
 """,
     ),
