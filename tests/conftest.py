@@ -11,6 +11,7 @@ import structlog
 
 from gmem.runtime.backend import Backend
 from gmem.testing.watchdog import FuseWatchdog
+from tests.sim.lineages import played
 from tests.support.backends import backend_of, parametrize
 from tests.support.requirements import require_fuse, require_root
 
@@ -33,7 +34,9 @@ def pytest_configure() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gmem")
     group.addoption("--seeds", type=int, default=200, help="seeds for tests/sim")
-    group.addoption("--lineage", help="all seeds are of this one; default: by turns")
+    group.addoption(
+        "--lineage", type=played, help="all seeds are of this one; default: by turns"
+    )
     group.addoption(
         "--kills", type=int, default=15, help="kills of a service in test_survival"
     )

@@ -154,5 +154,13 @@ SIM: Final[Mapping[str, Mutant]] = {
         """    if folios:
 """,
     ),
+    "an in-place conversion begins with the last huge page": _mutant(
+        "gmem.guest_memfd.core.conversion_in_place",
+        """        for batch in _batches(item):
+""",
+        """        for batch in reversed(list(_batches(item))):
+""",
+        Lineage.IN_PLACE,
+    ),
 }
 """By what was left out; each must be found within the fixed seeds."""

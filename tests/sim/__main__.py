@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections import Counter
 
-from gmem.uapi.lineage import Lineage
 from tests.mutants.sim import SIM
+from tests.sim.lineages import played
 
 
 def main() -> int:
@@ -15,9 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
-    parser.add_argument(
-        "--lineage", type=Lineage, choices=list(Lineage), help="default: by the seed"
-    )
+    parser.add_argument("--lineage", type=played, help="default: by the seed")
     parser.add_argument("--trace", action="store_true", help="print every effect")
     parser.add_argument("--hash", action="store_true", help="print the trace hashes")
     parser.add_argument("--mutant", choices=sorted(SIM), help="a mistake")

@@ -81,6 +81,9 @@ def _safety_then_liveness(world: World) -> None:
     workload.host.on_converted = partial(
         checkers.split_iff_some_page_is_shared, workload.host
     )
+    workload.host.on_refused = partial(
+        checkers.what_came_before_a_refusal_is_converted, workload.host
+    )
     workload.begin()
     _drain(workload)
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from gmem.guest_memfd.core.effects import AttachFolio, DetachFolio
+from gmem.guest_memfd.core.faultability import opposite
 from gmem.guest_memfd.core.filemap import Entry
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.host_allocator.core.vmemmap import saved_vmemmap_pages
+from gmem.uapi.errors import KernelError, Reason
 from gmem.uapi.flags import Faultability
 from gmem.uapi.pages import PAGE_SIZE, PgRange
 from gmem.vmm.core.memslots import Memslot
@@ -298,6 +300,38 @@ def split_iff_some_page_is_shared(
             settled = entry is None or not entry.attached or entry.split is shared
             if not settled:
                 host.world.broken(f"{inode.number} at {index:#x}: {entry}, {to!r}")
+
+
+def what_came_before_a_refusal_is_converted(
+    host: Host, ranges: list[ByteRange], to: Faultability, error: KernelError
+) -> None:
+    """Where huge pages are converted one by one: all of them before the one to blame.
+
+    And not that one, as far as the range reaches into it. Files of 4K pages are one
+    step for each range.
+    """
+    refused = error.reason in (Reason.PAGE_IN_USE, Reason.VMEMMAP_RESTORE_FAILED)
+    if not refused or not host.world.play.attributes2:
+        return
+    blamed = int(error.numbers["inode"]), int(error.numbers["error_offset"])
+    for target in ranges:
+        inode = host.guest_memfd.inode(target.inode)
+        pages = PgRange.of_bytes(target.offset, target.size)
+        step = PgRange(pages.stop, pages.stop)
+        if blamed[0] == inode.number and blamed[1] // PAGE_SIZE in pages:
+            step = inode.unit_of(blamed[1] // PAGE_SIZE) if inode.order else pages
+            step = step.intersection(pages)
+        for run in inode.faultability.runs_of(
+            PgRange(pages.start, step.start), opposite(to)
+        ):
+            host.world.broken(f"{target} stopped at {blamed}, and {run} is not {to!r}")
+        if step:
+            if not inode.faultability.any_in(step, opposite(to)):
+                host.world.broken(f"{target}: {blamed} is to blame, and is {to!r}")
+            behind = inode.order and step.start > pages.start
+            host.world.marks["refused behind the first huge page"] += bool(behind)
+            return
+    host.world.broken(f"{blamed} is to blame, and not in {ranges}")
 
 
 def everything_is_at_rest(host: Host) -> None:

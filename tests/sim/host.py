@@ -14,6 +14,7 @@ from gmem.guest_memfd.core.inode import InodeOptions
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.registry import GuestMemfdCore
 from gmem.guest_memfd.core.values import (
+    AttributesCall,
     GuestPage,
     UserspaceSide,
     ViewKind,
@@ -21,7 +22,7 @@ from gmem.guest_memfd.core.values import (
 )
 from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.uapi.errors import KernelError, Reason
-from gmem.uapi.flags import Faultability
+from gmem.uapi.flags import Faultability, MemoryAttribute
 from gmem.uapi.pages import PAGE_SIZE, Gfn, PgOff, PgRange
 from gmem.vmm.core import effects as vx
 from gmem.vmm.core.invalidate import Notice
@@ -91,6 +92,10 @@ class Host:
         self.on_converted: Callable[[list[ByteRange], Faultability], None] = (
             lambda ranges, to: None
         )
+        # And who of one that was refused.
+        self.on_refused: Callable[
+            [list[ByteRange], Faultability, KernelError], None
+        ] = lambda ranges, to, error: None
         # What the guest processes remember of stage 2: (VM, gfn) -> view.
         self.tlb: dict[tuple[str, int], ViewKind] = {}
         # What is mapped where: by guest process and window; by the clients.
@@ -120,6 +125,7 @@ class Host:
         return {
             **blocking,
             fx.RemoveInode: self._remove_inode,
+            fx.DrainLru: self._drain,
             fx.InvalidateBegin: partial(self._upcall, True),
             fx.InvalidateEnd: partial(self._upcall, False),
         }
@@ -189,6 +195,7 @@ class Host:
             init_private=effect.init_private,
             mmap=effect.mmap,
             init_shared=effect.init_shared,
+            private_memory=effect.private_memory,
         )
 
         def op() -> Op[str]:
@@ -259,9 +266,19 @@ class Host:
     def convert_file(self, target: ByteRange, to: Faultability) -> Op[None]:
         """Convert a file by its own ioctl."""
         work = [target] if self._differs(target, to) else []
-        yield from self.guest_memfd.convert_ioctl(
-            target.inode, to, offset=target.offset, size=target.size, error_offset=0
-        )
+        core, number, at = self.guest_memfd, target.inode, target.offset
+        if self.world.play.attributes2:
+            private = MemoryAttribute.PRIVATE if to is Faultability.GUEST else 0
+            op = core.attributes_ioctl(number, AttributesCall(at, target.size, private))
+        else:
+            op = core.convert_ioctl(
+                number, to, offset=at, size=target.size, error_offset=0
+            )
+        try:
+            yield from op
+        except KernelError as error:
+            self.on_refused([target], to, error)
+            raise
         self.on_converted(work, to)
 
     def _convert(self, effect: vx.Convert, answer: Answer) -> None:
@@ -276,6 +293,7 @@ class Host:
                 yield from self.guest_memfd.convert(ranges, to, validate_only=False)
             except KernelError as error:
                 self._mark_refusal(error, effect)
+                self.on_refused(ranges, to, error)
                 for mix in mixes:
                     mix.until = self.world.now
                 raise
@@ -444,6 +462,11 @@ class Host:
         if self.world.asker(effect).name.startswith("unpin"):
             self.world.marks["evict after the last pin"] += 1
         self._blocking(self.memory.blocking[fx.RemoveInode], effect, answer)
+
+    def _drain(self, effect: fx.DrainLru, answer: Answer) -> None:
+        del effect
+        self.world.marks["drained"] += 1
+        self._soon(answer)
 
     def _soon(self, answer: Answer, value: object = None) -> None:
         self.world.after_a_while(partial(answer, Outcome(value)))

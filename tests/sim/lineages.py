@@ -6,12 +6,15 @@ there must not be wrong here as well.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from gmem.uapi.flags import (
+    GUEST_MEMFD_FLAG_HUGETLB,
     GUEST_MEMFD_FLAG_INIT_PRIVATE,
+    GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_SHIFT,
@@ -20,7 +23,7 @@ from gmem.uapi.flags import (
     RFC_V2_HUGE_PAGES,
 )
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES
+from gmem.uapi.pages import PAGE_SIZE, PAGE_SIZES, order_of
 
 _SOMETIMES: Final = (
     "lost reply",
@@ -43,9 +46,12 @@ class Play:
     """How a lineage is played.
 
     `page_sizes`: what its files can have; `huge_flag` and `huge_shift` make the flag
-    word of a huge one, and each file has one of `file_flags` beside. `in_place`: the
+    word of a huge one, or its order is said beside the flags (shift None). Each file
+    has one of `file_flags`, one of 4K maybe one of `small_file_flags`. `in_place`: the
     file itself says which pages are shared, has ioctls that convert it, and is what the
-    guest's shared accesses reach.
+    guest's shared accesses reach. `attributes2`: its ioctl is one for both ways, which
+    does a huge page at a time and keeps what it did before a failure. `whole_folios`:
+    fallocate takes such alone.
     `keeps_content`: the bytes of a page outlive a conversion. `rounds_out`: making a
     part of a folio private can make it whole. `bind_resets`: a bind overwrites what was
     shared and private. `sometimes`: what a campaign must have seen; without it, it
@@ -54,20 +60,31 @@ class Play:
 
     page_sizes: tuple[int, ...]
     huge_flag: int
-    huge_shift: int
+    huge_shift: int | None
     file_flags: tuple[int, ...]
     in_place: bool
     keeps_content: bool
     rounds_out: bool
     bind_resets: bool
     sometimes: tuple[str, ...]
+    small_file_flags: tuple[int, ...] = ()
+    attributes2: bool = False
+    whole_folios: bool = False
 
-    def flags(self, page_size: int, file_flags: int) -> int:
-        """Return the flag word of KVM_CREATE_GUEST_MEMFD."""
+    def file_flags_of(self, page_size: int) -> tuple[int, ...]:
+        """Return what the files with such pages have beside their size."""
         if page_size == PAGE_SIZE:
-            return file_flags
-        log = page_size.bit_length() - 1
-        return file_flags | self.huge_flag | log << self.huge_shift
+            return self.file_flags + self.small_file_flags
+        return self.file_flags
+
+    def creation(self, page_size: int, file_flags: int) -> tuple[int, int]:
+        """Return flag word and page_order of KVM_CREATE_GUEST_MEMFD."""
+        if page_size == PAGE_SIZE:
+            return file_flags, 0
+        flags = file_flags | self.huge_flag
+        if self.huge_shift is None:
+            return flags, order_of(page_size)
+        return flags | (page_size.bit_length() - 1) << self.huge_shift, 0
 
 
 PLAYS: Final[Mapping[Lineage, Play]] = {
@@ -96,6 +113,28 @@ PLAYS: Final[Mapping[Lineage, Play]] = {
         bind_resets=False,
         sometimes=(*_CONVERTING, "merge after the inode", "refused punch"),
     ),
+    # Of a software-protected VM. A file that cannot be mapped has no host view that the
+    # histories could open.
+    Lineage.IN_PLACE: Play(
+        page_sizes=PAGE_SIZES,
+        huge_flag=GUEST_MEMFD_FLAG_HUGETLB,
+        huge_shift=None,
+        file_flags=(GUEST_MEMFD_FLAG_MMAP,),
+        small_file_flags=(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,),
+        in_place=True,
+        keeps_content=True,
+        rounds_out=True,
+        bind_resets=False,
+        sometimes=(
+            *_CONVERTING,
+            "merge after the inode",
+            "refused punch",
+            "drained",
+            "refused behind the first huge page",
+        ),
+        attributes2=True,
+        whole_folios=True,
+    ),
     # A software-protected VM, in which a file begins as private and stays so: what is
     # converted are the attributes alone, and the file serves both kinds of access.
     Lineage.MAINLINE: Play(
@@ -111,6 +150,17 @@ PLAYS: Final[Mapping[Lineage, Play]] = {
     ),
 }
 """Every lineage that can be played; `lineage_of` deals seeds to them in turn."""
+
+
+def played(word: str) -> Lineage:
+    """Return the lineage of an option's word (usage error: no row)."""
+    known = [str(lineage) for lineage in PLAYS]
+    if word not in known:
+        raise ArgumentTypeError(
+            f"{word!r} is no lineage that is simulated: say one of {', '.join(known)}, "
+            "or give it a row in tests/sim/lineages.py"
+        )
+    return Lineage(word)
 
 
 def lineage_of(seed: int) -> Lineage:

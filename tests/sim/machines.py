@@ -127,13 +127,14 @@ class Machines:
 
     def _create_file(self, vm: Vm, nr_pages: int) -> Op[File]:
         play = self.world.play
-        file_flags = play.file_flags[0]
-        if len(play.file_flags) > 1:
-            file_flags = self.world.random.choice(play.file_flags)
-        flags = play.flags(self.shape.page_size, file_flags)
+        choices = play.file_flags_of(self.shape.page_size)
+        file_flags = choices[0]
+        if len(choices) > 1:
+            file_flags = self.world.random.choice(choices)
+        flags, order = play.creation(self.shape.page_size, file_flags)
         size = nr_pages * PAGE_SIZE
         made: str = yield from self.ask(
-            "vmm", "create file", lambda: create_guest_memfd(vm, size, flags)
+            "vmm", "create file", lambda: create_guest_memfd(vm, size, flags, order)
         )
         file = File(int(made), nr_pages)
         open_view = self.host.open_view

@@ -310,7 +310,9 @@ class Memory:
             assert frame is not None, (effect.inode, pgoff)
             self._prepare(fx.Prepare(effect.inode, PgRange(pgoff, pgoff + 1)))
             host = ViewKind.HOST
-            self._require_meant(self.tags.get(frame), effect.inode, pgoff, host)
+            tag = self.tags.get(frame)
+            self._require_meant(tag, effect.inode, pgoff, host)
+            self._require_kept(tag, effect.inode, pgoff)
         return bytes(effect.size)
 
     def _store(self, effect: fx.StoreBytes) -> None:
@@ -321,8 +323,8 @@ class Memory:
             self._load(fx.LoadBytes(effect.inode, pgoff * PAGE_SIZE, PAGE_SIZE))
             frame = table.frame_of(pgoff)
             assert frame is not None, (effect.inode, pgoff)
-            now = self._world.now
-            self.tags[frame] = Tag(effect.inode, pgoff, ViewKind.HOST, now)
+            tag = Tag(effect.inode, pgoff, ViewKind.HOST, self._world.now)
+            self._write(frame, tag)
 
     def _remove_inode(self, effect: fx.RemoveInode) -> None:
         table = self.tables.pop(effect.inode)

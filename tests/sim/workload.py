@@ -20,14 +20,14 @@ from gmem.uapi.flags import (
     FALLOC_FL_PUNCH_HOLE,
     Faultability,
 )
-from gmem.uapi.pages import PAGE_SIZE, PgRange
+from gmem.uapi.pages import PAGE_SIZE, PgRange, order_of
 from gmem.vmm.core.exits import Access, Mapped, MemoryFault, Retry
 from gmem.vmm.core.fault import Fault, fault
 from gmem.vmm.core.policy import Policy, answer
 from gmem.vmm.core.populate import populate_memory
 from gmem.vmm.core.vm import Vm
 from tests.sim.host import Touch, Wait
-from tests.sim.machines import CLIENTS, Machine, Machines, pages_of
+from tests.sim.machines import CLIENTS, File, Machine, Machines, pages_of
 from tests.sim.memory import guest_process
 from tests.sim.world import World
 
@@ -93,6 +93,8 @@ class Workload(Machines):
         ]
         if self.world.play.in_place:
             actions += [self.convert_file] * 4
+        if self.world.play.attributes2:
+            actions += [self.convert_onward] * 4
         if self.world.options.endings:
             actions += [*[self.close] * 2, self.delete_slot, self.delete_vm, self.kill]
         self._run(random.choice(actions), machine)
@@ -193,12 +195,12 @@ class Workload(Machines):
     def punch(self, machine: Machine) -> Op[None]:
         """Punch a hole; nothing written before it may be read after it."""
         file = self.world.random.choice(machine.files)
-        yield from self._punch(file.number, self._pick(PgRange(0, file.nr_pages)))
+        yield from self._punch(file.number, self._pick_to_fallocate(file))
 
     def allocate(self, machine: Machine) -> Op[None]:
         """Allocate ahead of use."""
         file = self.world.random.choice(machine.files)
-        pages = self._pick(PgRange(0, file.nr_pages))
+        pages = self._pick_to_fallocate(file)
         yield from self.ask(
             "guest_memfd",
             f"allocate {file.number} {pages}",
@@ -229,7 +231,11 @@ class Workload(Machines):
         random = self.world.random
         file = random.choice(machine.files)
         pages = self._pick(PgRange(0, file.nr_pages))
-        target = ByteRange(file.number, pages.offset, min(pages.size, 4 * PAGE_SIZE))
+        yield from self._pin(file.number, pages)
+
+    def _pin(self, number: int, pages: PgRange) -> Op[int]:
+        random = self.world.random
+        target = ByteRange(number, pages.offset, min(pages.size, 4 * PAGE_SIZE))
         kind = random.choice((HoldKind.PIN, HoldKind.PIN, HoldKind.PLAIN))
         who = random.choice(CLIENTS)
         hold: int = yield from self.ask(
@@ -238,16 +244,20 @@ class Workload(Machines):
             lambda: self.host.guest_memfd.pin(target, kind, holder=who, client=who),
         )
         self.holds.append(hold)
+        return hold
 
     def unpin(self, machine: Machine) -> Op[None]:
         """End a hold."""
         if self.holds:
             hold = self.holds.pop(self.world.random.randrange(len(self.holds)))
-            yield from self.ask(
-                "guest_memfd",
-                f"unpin {hold}",
-                lambda: self.host.guest_memfd.unpin(hold),
-            )
+            yield from self._unpin(hold)
+
+    def _unpin(self, hold: int) -> Op[None]:
+        return self.ask(
+            "guest_memfd",
+            f"unpin {hold}",
+            lambda: self.host.guest_memfd.unpin(hold),
+        )
 
     def populate(self, machine: Machine) -> Op[None]:
         """Write launch-time content into private pages."""
@@ -300,13 +310,35 @@ class Workload(Machines):
         random = self.world.random
         file = random.choice(machine.files)
         pages = self._pick(PgRange(0, file.nr_pages))
-        target = ByteRange(file.number, pages.offset, pages.size)
         to = random.choice(list(Faultability))
-        yield from self.ask(
+        yield from self._convert_file(file.number, pages, to)
+
+    def _convert_file(self, number: int, pages: PgRange, to: Faultability) -> Op[None]:
+        target = ByteRange(number, pages.offset, pages.size)
+        return self.ask(
             "guest_memfd",
             f"ioctl {target} {to.name}",
             lambda: self.host.convert_file(target, to),
         )
+
+    def convert_onward(self, machine: Machine) -> Op[None]:
+        """Convert a file of which somebody holds a page, and go on where it stopped."""
+        file = self.world.random.choice(machine.files)
+        whole, last = PgRange(0, file.nr_pages), file.nr_pages - 1
+        yield from self._convert_file(file.number, whole, Faultability.ALL)
+        hold = yield from self._pin(file.number, PgRange(last, last + 1))
+        try:
+            yield from self._convert_file(file.number, whole, Faultability.GUEST)
+        except Contended as error:
+            offset = int(error.numbers["error_offset"])
+        else:
+            # Somebody has ended the hold.
+            return
+        if hold in self.holds:
+            self.holds.remove(hold)
+            yield from self._unpin(hold)
+        rest = PgRange(offset // PAGE_SIZE, whole.stop)
+        yield from self._convert_file(file.number, rest, Faultability.GUEST)
 
     def guest_access(self, machine: Machine) -> Op[None]:
         """Load or store as a vCPU, through stage 2; the default policy converts."""
@@ -358,6 +390,13 @@ class Workload(Machines):
         if not done:
             self.host.tlb.pop((vm.name, gfn), None)
         return bool(done)
+
+    def _pick_to_fallocate(self, file: File) -> PgRange:
+        """Pick pages, mostly such as fallocate of the lineage takes."""
+        pages = self._pick(PgRange(0, file.nr_pages))
+        if self.world.play.whole_folios and self.world.random.random() < 0.9:
+            return pages.rounded_out(order_of(self.shape.page_size))
+        return pages
 
     def _pick(self, whole: PgRange) -> PgRange:
         """Pick a few pages, one unit, or all of a range; the same ones often."""
