@@ -15,7 +15,12 @@ from gmem.testing.conformance.registry import Planned, plan
 from gmem.testing.conformance.runner import CaseResult, Outcome, run_one, unused
 from gmem.uapi.lineage import Lineage
 
-pytestmark = [pytest.mark.conformance, pytest.mark.fuse]
+# Some lines are thousands of calls.
+pytestmark = [
+    pytest.mark.conformance,
+    pytest.mark.fuse,
+    pytest.mark.timeout(600),
+]
 
 assert cases.__all__
 PLANNED = [

@@ -13,7 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gmem.testing.conformance.kvm import IN_PLACE, LINEAGES, MAINLINE, RFC_V2
+from gmem.testing.conformance.kvm import (
+    IN_PLACE,
+    LINEAGES,
+    MAINLINE,
+    RFC_V2,
+    KillPolicy,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,13 @@ _LATER: Final = (RFC_V2, IN_PLACE, MAINLINE)
 _EMULATOR: Final = (
     Deviation(1, "read", "on the file", "fails", "0", ("C001", "C070"), _LATER),
     Deviation(1, "write", "on the file", "fails", "0", ("C001", "C070"), _LATER),
+    *(
+        Deviation(81, "signal", f"{how}, dirty", "SIGBUS", "named alone", (number,))
+        for how, number in (
+            (KillPolicy.EARLY, "C104"),
+            (KillPolicy.ADVICE, "C106"),
+        )
+    ),
     Deviation(4, "mmap", "MAP_PRIVATE", "EINVAL", "0", ("C072",)),
 )
 

@@ -6,7 +6,6 @@ the broker. This process is the VMM: it holds the descriptors, and maps nothing.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import time
@@ -19,9 +18,8 @@ from typing import Final, cast
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2
 from gmem.api.types.v1.types_pb2 import MemPolicy
 from gmem.api.vmm.v1 import vmm_pb2 as pb
-from gmem.client import HostAllocatorClient as AsyncAllocatorClient
-from gmem.client import hugetlb_file
 from gmem.client import program as make
+from gmem.client.host_allocator import NO_LIMIT
 from gmem.client.sync import (
     GuestMemfdClient,
     HostAllocatorClient,
@@ -30,6 +28,12 @@ from gmem.client.sync import (
 from gmem.runtime.broker_client import BrokerClient
 from gmem.runtime.config import HostShape, NodeShape
 from gmem.testing.conformance.emulator_guest import EmulatedRun, to_wire
+from gmem.testing.conformance.emulator_things import (
+    CLIENT,
+    EmulatedFailure,
+    EmulatedHold,
+    EmulatedHugetlbFile,
+)
 from gmem.testing.conformance.guest import Instruction
 from gmem.testing.conformance.kvm import (
     IN_PLACE,
@@ -38,25 +42,28 @@ from gmem.testing.conformance.kvm import (
     RFC_V2,
     Backend,
     Capabilities,
+    Cgroup,
     Descriptor,
     Feature,
     GuestMemfd,
     HasFileno,
     Hold,
     HugetlbFile,
+    KillPolicy,
+    MemoryFailure,
     Pool,
     Userspace,
     Vm,
 )
 from gmem.testing.conformance.outcomes import OK, errno_name
-from gmem.testing.conformance.registry import ALL_SIZES, SMALL
+from gmem.testing.conformance.registry import ALL_SIZES, HUGE, SMALL
 from gmem.testing.conformance.toucher import Window
 from gmem.testing.hosts import EmulatedHost
 from gmem.uapi.errors import InUse, KernelError
 from gmem.uapi.flags import VmType
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, SIZE_2M
 
-CLIENT: Final = "conformance"
+REARM_SECONDS: Final = 1.0
 BACK_SECONDS_MAX: Final = 20.0
 """How long counters may take to come back after a case."""
 SHAPE: Final = HostShape(
@@ -78,6 +85,11 @@ _MODES: Final = {
     3: MemPolicy.MODE_INTERLEAVE,
 }
 """MPOL_* of mbind, and as they go over the wire."""
+_POLICIES: Final = {
+    KillPolicy.EARLY: guest_memfd_pb2.KILL_POLICY_EARLY,
+    KillPolicy.ADVICE: guest_memfd_pb2.KILL_POLICY_EARLY,
+    KillPolicy.LATE: guest_memfd_pb2.KILL_POLICY_LATE,
+}
 PAGE_SIZES: Final[Mapping[str, Sequence[int]]] = {
     RFC_V1: ALL_SIZES,
     RFC_V2: ALL_SIZES,
@@ -95,6 +107,8 @@ _FEATURES: Final = frozenset(
         Feature.HUGETLB_FILES,
         Feature.USERSPACE_VMA,
         Feature.NUMA,
+        Feature.CGROUPS,
+        Feature.MEMORY_ERRORS,
     }
 )
 _MISSING: Final = {
@@ -123,6 +137,7 @@ class Emulator(Backend):
         self.views = enter(BrokerClient(broker, CLIENT, incarnation))
         broker = Path(self.vmm.get_capabilities().broker_path)
         self.descriptors = enter(BrokerClient(broker, CLIENT, incarnation))
+        self._armed = 0.0
         self._before = self._counters()
 
     @property
@@ -139,8 +154,15 @@ class Emulator(Backend):
 
     def begin(self) -> None:
         """Give the case its time."""
-        self.host.rearm()
+        self.going_on()
         self._before = self._counters()
+
+    def going_on(self) -> None:
+        """Give the host its time again: a case of many calls is not one that hangs."""
+        now = time.monotonic()
+        if now - self._armed > REARM_SECONDS:
+            self._armed = now
+            self.host.rearm()
 
     def leftovers(self) -> list[str]:
         """Return inodes, VMs and counters that are not as before the case."""
@@ -162,6 +184,19 @@ class Emulator(Backend):
             )
             for pool in pools
         }
+
+    def cgroup(self, page_size: int) -> Cgroup:
+        """Return the counters of the root: VMs of the cases name no other."""
+        counters = self.allocator.get_cgroup().counters
+        (found,) = [one for one in counters if one.page_size == page_size]
+        return Cgroup(
+            usage=found.current,
+            limit=found.max if found.HasField("max") else NO_LIMIT,
+            max_usage=found.max_usage,
+            rsvd_usage=found.rsvd_current,
+            rsvd_limit=found.rsvd_max if found.HasField("rsvd_max") else NO_LIMIT,
+            rsvd_max_usage=found.rsvd_max_usage,
+        )
 
     def hugetlb_file(self, page_size: int) -> HugetlbFile:
         """Make another tenant of a pool, which only counts."""
@@ -194,6 +229,10 @@ class Emulator(Backend):
         for node in statistics.nodes:
             counters[f"free pages of node {node.node}"] = node.free_base_pages
         counters["vmemmap pages saved"] = statistics.vmemmap.saved_pages
+        for size in HUGE:
+            cgroup = self.cgroup(size)
+            charged = (cgroup.usage, cgroup.rsvd_usage)
+            counters[f"bytes charged for pages of {size:#x}"] = charged
         return counters
 
 
@@ -226,7 +265,16 @@ class EmulatedMemfd(GuestMemfd):
         hold = self._kernel.files.pin_pages(
             name=self.name, offset=offset, size=size, holder=CLIENT, kind=kind
         )
-        return EmulatedHold(self._kernel, hold)
+        return EmulatedHold(self._kernel.files, hold)
+
+    def memory_failure(self, offset: int, policy: KillPolicy) -> MemoryFailure:
+        """InjectMemoryError; nothing of the machine is poisoned."""
+        found = self._kernel.files.inject_memory_error(
+            name=self.name, offset=offset, kill_policy=_POLICIES[policy]
+        )
+        return EmulatedFailure(
+            self._kernel.files, self._kernel.allocator, self.name, offset, found
+        )
 
     def mbind(self, window: Window, mode: int, nodes: int, page: range) -> None:
         """SetMempolicy: mbind of a view would be the machine's, not the host's."""
@@ -270,21 +318,6 @@ class EmulatedMemfd(GuestMemfd):
         self._kernel.files.delete_guest_memfd(name=self.name)
 
 
-class EmulatedHold(Hold):
-    """A hold that the service keeps."""
-
-    def __init__(self, kernel: Emulator, number: int) -> None:
-        """Take over hold `number`."""
-        self._kernel = kernel
-        self._number: int | None = number
-
-    def close(self) -> None:
-        """UnpinPages."""
-        number, self._number = self._number, None
-        if number is not None:
-            self._kernel.files.unpin_pages(hold=number)
-
-
 class EmulatedVm(Vm):
     """A VM of vmm-0."""
 
@@ -297,6 +330,7 @@ class EmulatedVm(Vm):
 
     def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
         """KVM_CREATE_GUEST_MEMFD."""
+        self._kernel.going_on()
         create = self._kernel.vmm.create_guest_memfd
         name = create(vm=self.name, size=size, flags=flags)
         return EmulatedMemfd(self._kernel, name, size)
@@ -313,6 +347,7 @@ class EmulatedVm(Vm):
         guest_memfd_offset: int = 0,
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; the userspace side is a descriptor here."""
+        self._kernel.going_on()
         side = None
         if userspace is not None:
             descriptor = self._give(userspace.file)
@@ -409,46 +444,6 @@ class EmulatedVm(Vm):
         if isinstance(descriptor, HasFileno):
             return self._give(descriptor)
         return self.name.partition("/vms/")[0]
-
-
-class EmulatedHugetlbFile(HugetlbFile):
-    """gmem.client's HugetlbFile, blocking."""
-
-    def __init__(self, target: str, page_size: int) -> None:
-        """memfd_create(MFD_HUGETLB)."""
-        self._runner = asyncio.Runner()
-        self._closed = False
-        self._client = self._runner.run(self._connected(target))
-        create = hugetlb_file.HugetlbFile.create(self._client, page_size=page_size)
-        self._file = self._runner.run(create)
-
-    def mmap(self) -> None:
-        """Map it."""
-        self._runner.run(self._file.mmap())
-
-    def touch(self) -> None:
-        """Write to it."""
-        self._runner.run(self._file.touch())
-
-    def munmap(self) -> None:
-        """Unmap it."""
-        self._file.munmap()
-
-    def madvise(self, advice: int) -> None:
-        """Call madvise where it was mapped."""
-        self._file.madvise(advice)
-
-    def close(self) -> None:
-        """Close the file; harmless when repeated."""
-        if self._closed:
-            return
-        self._closed = True
-        self._runner.run(self._file.close())
-        self._runner.run(self._client.close())
-        self._runner.close()
-
-    async def _connected(self, target: str) -> AsyncAllocatorClient:
-        return AsyncAllocatorClient(target, client=CLIENT)
 
 
 __all__ = ["SHAPE", "Emulator"]

@@ -180,6 +180,8 @@ _NEVER: Final[Mapping[Feature, str]] = {
     Feature.OWN_POOLS: "HugeTLB pools of a machine belong to everybody",
     Feature.HUGETLB_FILES: "guest_memfd of a released kernel takes no HugeTLB pages",
     Feature.MACHINE_HUGE_PAGES: "no case of MAINLINE takes huge pages of the machine",
+    Feature.CGROUPS: "guest_memfd of a released kernel takes no HugeTLB pages",
+    Feature.MEMORY_ERRORS: "an error would take a page of the machine for good",
     Feature.USERSPACE_VMA: "a released kernel does not look behind userspace_addr",
 }
 

@@ -49,6 +49,16 @@ class Feature(StrEnum):
     MACHINE_HUGE_PAGES = "huge pages of the machine itself"
     USERSPACE_VMA = "a check that userspace_addr maps the same file"
     NUMA = "two NUMA nodes"
+    CGROUPS = "counters of a HugeTLB cgroup"
+    MEMORY_ERRORS = "memory errors of pages of a file"
+
+
+class KillPolicy(StrEnum):
+    """How a page comes to its memory error, and so who hears of it at once."""
+
+    EARLY = "injected, KILL_EARLY"
+    ADVICE = "MADV_HWPOISON"
+    LATE = "injected, KILL_LATE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,18 @@ class Pool:
     resv: int
     surplus: int
     overcommit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """hugetlb.<size>.* of one cgroup, in bytes; a limit of -1 is none."""
+
+    usage: int
+    limit: int
+    max_usage: int
+    rsvd_usage: int
+    rsvd_limit: int
+    rsvd_max_usage: int
 
 
 @runtime_checkable
@@ -111,6 +133,23 @@ class Hold(AbstractContextManager["Hold"]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class MemoryFailure(ABC):
+    """A page with a memory error; `close` forgets the error, where nobody has."""
+
+    result: str
+    """What memory_failure() returned: "0", or the name of an errno."""
+    named: str
+    """Who is signalled at once: "nobody", or that processes are named for it alone."""
+
+    @abstractmethod
+    def unpoison(self) -> None:
+        """Forget the error, in the file or, once it is punched, of the frame."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget it; harmless when repeated."""
 
 
 class GuestMemfd(ABC):
@@ -160,6 +199,10 @@ class GuestMemfd(ABC):
     def pin(self, offset: int, size: int, *, plain: bool = False) -> Hold:
         """Hold pages: a longterm pin, or a `plain` reference (Feature.PINS)."""
         raise NotImplementedError(f"no {Feature.PINS}: {offset}, {size}, {plain}")
+
+    def memory_failure(self, offset: int, policy: KillPolicy) -> MemoryFailure:
+        """Have a page lost to a memory error (Feature.MEMORY_ERRORS)."""
+        raise NotImplementedError(f"no {Feature.MEMORY_ERRORS}: {offset}, {policy}")
 
     def mbind(self, window: Window, mode: int, nodes: int, page: range) -> None:
         """Give bytes of a mapping a policy (Feature.NUMA); `nodes` is a bit mask."""
@@ -295,6 +338,10 @@ class Backend(ABC):
     def pools(self) -> Mapping[int, Pool]:
         """Return the counters of the pools by page size (Feature.POOLS)."""
         raise NotImplementedError(f"no {Feature.POOLS}")
+
+    def cgroup(self, page_size: int) -> Cgroup:
+        """Return the counters of the cgroup that pays (Feature.CGROUPS)."""
+        raise NotImplementedError(f"no {Feature.CGROUPS}: {page_size}")
 
     def hugetlb_file(self, page_size: int) -> HugetlbFile:
         """Make another user of a pool (Feature.HUGETLB_FILES)."""

@@ -33,6 +33,8 @@ from gmem.testing.conformance.kvm import HasFileno
 ANSWER_SECONDS_MAX: Final = 60.0
 """Much longer than any access takes: a fault may wait for a conversion."""
 MESSAGE_BYTES_MAX: Final = 1 << 20
+SIGNAL_SECONDS: Final = 0.2
+"""How long a signal that was sent may take to be seen."""
 READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _SCRIPT: Final = Path(__file__).with_name("toucher_process.py")
 
@@ -129,6 +131,14 @@ class Toucher:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def died_of(self, seconds: float = SIGNAL_SECONDS) -> Died | None:
+        """Return how it died of somebody else's doing; None when it lives."""
+        assert self._process is not None, "only of a process that was not forked"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=seconds)
+            return Died(signal.Signals(-self._wait()))
+        return None
 
     def touch(self, op: str, *args: int | str) -> Any | Died:  # noqa: ANN401 - JSON
         """Have it do something that may kill it; return the answer, or how it died."""

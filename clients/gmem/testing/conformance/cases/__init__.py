@@ -14,6 +14,7 @@ from gmem.testing.conformance.cases import (
     section_i,
     section_j,
     section_k,
+    section_l,
     section_m,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "section_i",
     "section_j",
     "section_k",
+    "section_l",
     "section_m",
 ]

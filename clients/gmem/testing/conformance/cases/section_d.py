@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from gmem.testing.conformance.kvm import RFC_V1, RFC_V2, Feature, Pool
+from gmem.testing.conformance.kvm import RFC_V1, RFC_V2, Cgroup, Feature, Pool
 from gmem.testing.conformance.outcomes import OK
 from gmem.testing.conformance.registry import HUGE, case
 from gmem.testing.conformance.scene import Scene
@@ -54,9 +54,30 @@ class Reporting:
         return self._scene.backend.pools()[size]
 
 
-def hugetlb_rows(scene: Scene) -> None:
+class Charges:
+    """The same for the files hugetlb.<size>.* of the cgroup, in bytes."""
+
+    def __init__(self, scene: Scene) -> None:
+        """Take the counters."""
+        self._scene = scene
+        self._base = self._counters()
+
+    def expect(self, row: str, free: int, resv: int) -> None:
+        """Compare them: what is not free is charged, and so is every promise."""
+        size = self._scene.page_size
+        usage = self._base.usage - free * size
+        rsvd_usage = self._base.rsvd_usage + (resv - free) * size
+        want = replace(self._base, usage=usage, rsvd_usage=rsvd_usage)
+        got = self._scene.settled(self._counters, want)
+        self._scene.expect(row, f"cgroup, {format_size(size)}", want, got)
+
+    def _counters(self) -> Cgroup:
+        return self._scene.backend.cgroup(self._scene.page_size)
+
+
+def hugetlb_rows(scene: Scene, reporting: Reporting | Charges | None = None) -> None:
     """Another file of the pool: created, mapped, written, unmapped, advised, closed."""
-    reporting = Reporting(scene)
+    reporting = reporting or Reporting(scene)
     reporting.expect("H0", *H_COUNTS[0])
     file = scene.kept(scene.backend.hugetlb_file(scene.page_size))
     steps: list[Step] = [
@@ -71,9 +92,11 @@ def hugetlb_rows(scene: Scene) -> None:
     _play(scene, reporting, H_ROWS, H_COUNTS, steps)
 
 
-def guest_memfd_rows(scene: Scene) -> None:
+def guest_memfd_rows(
+    scene: Scene, reporting: Reporting | Charges | None = None
+) -> None:
     """A guest_memfd of the pool: created, allocated, punched, closed."""
-    reporting = Reporting(scene)
+    reporting = reporting or Reporting(scene)
     vm, page = scene.vm(), scene.page_size
     reporting.expect("G0", *G_COUNTS[0])
     if scene.id == G_ROWS[0]:
@@ -90,12 +113,12 @@ def guest_memfd_rows(scene: Scene) -> None:
 
 def _play(
     scene: Scene,
-    reporting: Reporting,
+    reporting: Reporting | Charges,
     rows: tuple[str, ...],
     counts: tuple[tuple[int, int], ...],
     steps: list[Step],
 ) -> None:
-    last = rows.index(scene.id)
+    last = rows.index(scene.id) if scene.id in rows else len(rows)
     for row, number, step in zip(rows[1:], counts[1:], steps, strict=True):
         if rows.index(row) > last:
             return
@@ -114,6 +137,21 @@ for _row in G_ROWS:
     case(_row, lineages=SERIES, page_sizes=HUGE, needs=(Feature.POOLS,))(
         guest_memfd_rows
     )
+
+
+@case(
+    "C045",
+    lineages=(RFC_V2,),
+    page_sizes=HUGE,
+    variants=("hugetlb", "guest_memfd"),
+    needs=(Feature.OWN_POOLS, Feature.HUGETLB_FILES, Feature.CGROUPS),
+)
+def cgroup_rows(scene: Scene) -> None:
+    """Rows 32 to 44: usage and rsvd of the cgroup follow, limits and peaks do not."""
+    rows = hugetlb_rows if scene.variant == "hugetlb" else guest_memfd_rows
+    # The first time raises the peaks, so that they stay the second.
+    rows(scene)
+    rows(scene, Charges(scene))
 
 
 @case(
