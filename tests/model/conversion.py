@@ -1,15 +1,16 @@
-"""The two conversions: that of the 39 patches, by ranges, and the exact one of the 51.
+"""The three conversions: of the 39 patches, by ranges; of the 51, exact; in place.
 
 `to` is 1 for shared, 0 for private.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from tests.model.inode import Inode
-from tests.model.rules import Refused, differs, require
+from tests.model.rules import PAGE, Refused, differs, require
 
 Item: TypeAlias = tuple[Inode, range]
 
@@ -82,3 +83,37 @@ def convert_exactly(inode: Inode, pages: range, to: int) -> None:
         # The series answers with an offset that nobody has set.
         assert differs(46)
         raise
+
+
+def convert_in_place(inode: Inode, pages: range, to: int) -> None:
+    """Convert by steps; the first that is refused is the end, and says where it was."""
+    assert differs(73)
+    assert differs(74)
+    for step in _steps(inode, pages):
+        changed = inode.runs(step, 1 - to)
+        if not changed:
+            continue
+        if not to:
+            inode.unmap(step)
+            assert differs(72)
+            held = inode.held(step, pins_only=False)
+            require(not held, inode.rules.busy, held[0] if held else None)
+        inode.store(step, to)
+        try:
+            inode.match(step, to)
+        except Refused:
+            for run in changed:
+                inode.store(run, 1 - to)
+            raise Refused(errno.ENOMEM, step.start * PAGE) from None
+
+
+def _steps(inode: Inode, pages: range) -> Iterator[range]:
+    """Cut at huge pages; a range of 4K pages is one step."""
+    if inode.unit == 1:
+        yield pages
+        return
+    at = pages.start
+    while at < pages.stop:
+        stop = min(pages.stop, (at // inode.unit + 1) * inode.unit)
+        yield range(at, stop)
+        at = stop

@@ -14,7 +14,7 @@ from typing import Any, Final
 from gmem.effects import Op, perform
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.inodes import ByteRange
-from gmem.guest_memfd.core.values import HoldKind, ViewKind
+from gmem.guest_memfd.core.values import AttributesCall, HoldKind, ViewKind
 from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.values import BootPool
 from gmem.uapi.errors import KernelError
@@ -92,9 +92,9 @@ class Cores:
 
     # Files.
 
-    def create(self, vm: str, size: int, flags: int) -> Ended:
+    def create(self, vm: str, size: int, flags: int, order: int) -> Ended:
         """KVM_CREATE_GUEST_MEMFD, and a host view for the clients."""
-        made = self._call(lambda: create_guest_memfd(self.vm(vm), size, flags))
+        made = self._call(lambda: create_guest_memfd(self.vm(vm), size, flags, order))
         if made.errno:
             return made
         number = int(made.value)
@@ -174,6 +174,10 @@ class Cores:
             )
         )
 
+    def set_attributes2(self, number: int, call: AttributesCall) -> Ended:
+        """KVM_SET_MEMORY_ATTRIBUTES2."""
+        return self._call(lambda: self.host.guest_memfd.attributes_ioctl(number, call))
+
     def populate(self, vm: str, gfns: range) -> Ended:
         """PopulateMemory."""
         return self._call(
@@ -218,6 +222,10 @@ class Cores:
     def _touch(
         self, who: str, number: int, view: ViewKind, page: int, *, write: bool
     ) -> bool:
+        inode = self.inode(number)
+        if view is ViewKind.HOST and not inode.rules.creation.host_mmap(inode.options):
+            # There is no mapping to touch: mmap was ENODEV.
+            return False
         ended = self._call(lambda: perform(Touch(who, number, view, page, write)))
         return bool(ended.value)
 

@@ -31,6 +31,7 @@ class Inode:
 
     `shared` has a 1 for each page that the host may fault, `ready` the pages that were
     filled (uptodate), `serves_shared` whether the guest's shared accesses come to it,
+    `mappable` whether userspace can map it,
     `content` what was written, `mapped` who has which page in its
     page tables.
     """
@@ -46,6 +47,7 @@ class Inode:
         self.used = 0
         self.shared = bytearray(nr_pages)
         self.serves_shared = False
+        self.mappable = True
         self.folios: dict[int, Folio] = {}
         self.orphans: list[Folio] = []
         self.ready: set[int] = set()
@@ -201,7 +203,7 @@ class Inode:
 
     def host_touch(self, page: int) -> None:
         """Fault a page in as userspace does; Refused stands for SIGBUS."""
-        require(bool(self.shared[page]), errno.EACCES)
+        require(self.mappable and bool(self.shared[page]), errno.EACCES)
         self.get_folio(page)
         self.prepare(page)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 
+from gmem.guest_memfd.core.values import AttributesCall
 from gmem.uapi.pages import PAGE_SIZE, PgRange
 from gmem.vmm.core.exits import MemoryFault, NoSlot
 from tests.model.comparing import CLIENTS, Twofold
@@ -26,6 +28,13 @@ from tests.model.rules import RULES, Refused
 FILES_MAX: Final = 3
 _UNITS: Final = {1: 12, 512: 3, 1 << 18: 2}
 """The units of a file: huge pages, or single ones."""
+MORE: Final[tuple[dict[str, Any], ...]] = (
+    {"flags": 1},
+    {"reserved": (0,) * 10 + (1,)},
+    {"attributes": PRIVATE | 1},
+    {"error_offset": PAGE_SIZE},
+)
+"""What KVM_SET_MEMORY_ATTRIBUTES2 has beside its range, where it has any."""
 
 files = st.sampled_from((0, 0, 0, 0, 1, 2))
 vms = st.sampled_from(("a", "a", "a", "a", "b"))
@@ -131,20 +140,30 @@ class Machine(Twofold):
         size = min(units * self.scale, self.nr_pages) * PAGE_SIZE
         if good:
             huge = self.series.huge_flag if self.unit > 1 else 0
-            flags = huge | self.series.shares_with | (flags & self.series.private_with)
-            flags |= log << self.series.size_shift
+            begins = self.series.private_with
+            begins |= self.series.shared_with if self.unit == 1 else 0
+            flags = huge | self.series.shares_with | (flags & begins)
         else:
             size += extra
-            flags |= (log ^ bits) << self.series.size_shift
-            if not self._is_of_this_host(flags):
-                return
-        made = self.cores.create(vm, size, flags)
+            log ^= bits
+        order = 0
+        if self.series.order_field:
+            order = log - 12 if log >= 12 else log
+        else:
+            flags |= log << self.series.size_shift
+        if not good and not self._is_of_this_host(flags, order):
+            return
+        what = vm, size, flags, order
+        made = self.cores.create(*what)
         number = made.value if made.errno == 0 else -1
-        if self.same(made, self.model.create, number, vm, size, flags) is not None:
+        if self.same(made, self.model.create, number, *what) is not None:
             self.open.append(number)
 
-    def _is_of_this_host(self, flags: int) -> bool:
+    def _is_of_this_host(self, flags: int, order: int) -> bool:
         """Tell whether a flag word is bad, or asks for this host's page size."""
+        if self.series.order_field:
+            huge = bool(flags & self.series.huge_flag)
+            return order == self.unit.bit_length() - 1 or huge is (order == 0)
         log = flags >> self.series.size_shift & self.series.size_mask
         if not flags & self.series.huge_flag:
             return log != 0 or self.unit == 1
@@ -172,6 +191,9 @@ class Machine(Twofold):
             return
         limit = self.model.inodes[number].nr_pages
         pages = self.pages(place, limit + self.unit * (mode & PUNCH_HOLE))
+        if self.series.whole_folios and isinstance(place[2], str):
+            first, last = pages.start // self.unit, -(-pages.stop // self.unit)
+            pages = range(first * self.unit, last * self.unit)
         offset = pages.start * PAGE_SIZE + odd
         size = len(pages) * PAGE_SIZE - odd
         ended = self.cores.fallocate(number, mode, offset, size)
@@ -319,8 +341,17 @@ class Machine(Twofold):
         flags: int,
         polite: bool,
     ) -> None:
-        """KVM_SET_MEMORY_ATTRIBUTES, after MADV_DONTNEED where the VMM is polite."""
+        """KVM_SET_MEMORY_ATTRIBUTES, after MADV_DONTNEED where the VMM is polite.
+
+        Where files have the attributes such a VMM converts those of its memslots.
+        """
         gfns = self._gfns(vm, slot, place)
+        if polite and self.series.attributes2:
+            for found, pages in list(self.model.vms[vm].parts(gfns)):
+                if found.inode in self.open:
+                    to = int(attributes != PRIVATE)
+                    self._set_attributes2(found.inode, pages, to, odd)
+            return
         if polite:
             for found, pages in self.model.vms[vm].parts(gfns):
                 inode = self.model.inodes[found.inode]
@@ -339,20 +370,41 @@ class Machine(Twofold):
         place=places,
         to=st.integers(0, 1),
         odd=odd,
-        error_offset=st.sampled_from((0,) * 15 + (PAGE_SIZE,)),
+        more=st.sampled_from(({},) * 12 + MORE),
     )
     def convert_file(
-        self, file: int, place: Any, to: int, odd: int, error_offset: int
+        self,
+        *,
+        file: int,
+        place: Any,
+        to: int,
+        odd: int,
+        more: dict[str, Any],
     ) -> None:
-        """KVM_GMEM_CONVERT_*, where the file has it."""
+        """KVM_GMEM_CONVERT_* or KVM_SET_MEMORY_ATTRIBUTES2, where the file has it."""
         number = self.file(file)
         if number is None or not self.series.file_decides:
             return
         limit = self.model.inodes[number].nr_pages
         pages = self.pages(place, limit)
-        where = pages.start * PAGE_SIZE + odd, len(pages) * PAGE_SIZE, error_offset
-        ended = self.cores.convert_file(number, to, *where)
-        self.same(ended, self.model.convert_file, number, to, *where)
+        if self.series.attributes2:
+            self._set_attributes2(number, pages, to, odd, **more)
+            return
+        where = pages.start * PAGE_SIZE + odd, len(pages) * PAGE_SIZE
+        offset = more.get("error_offset", 0)
+        ended = self.cores.convert_file(number, to, *where, offset)
+        self.same(ended, self.model.convert_file, number, to, *where, offset)
+
+    def _set_attributes2(
+        self, number: int, pages: range, to: int, odd: int, **more: Any
+    ) -> None:
+        where = range(pages.start * PAGE_SIZE + odd, pages.stop * PAGE_SIZE + odd)
+        call = AttributesCall(where.start, len(where), 0 if to else PRIVATE)
+        call = replace(call, **more)
+        ended = self.cores.set_attributes2(number, call)
+        zero = call.flags | max(call.reserved)
+        what = where, call.attributes, zero
+        self.same(ended, self.model.set_attributes2, number, *what)
 
     # Guests.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from tests.model.conversion import convert_all, convert_exactly
+from tests.model.conversion import convert_all, convert_exactly, convert_in_place
 from tests.model.inode import Hold, Inode
 from tests.model.pool import Pool
 from tests.model.rules import PAGE, RULES, SIZE_2M, Refused, differs, require
@@ -101,22 +101,19 @@ class Reference:
 
     # Files.
 
-    def create(self, number: int, vm: str, size: int, flags: int) -> None:
+    def create(self, number: int, vm: str, size: int, flags: int, order: int) -> None:
         """KVM_CREATE_GUEST_MEMFD."""
         rules = self.rules
-        log = flags >> rules.size_shift & rules.size_mask
         rest = flags & ~(rules.size_mask << rules.size_shift)
         known = rules.huge_flag | rules.shares_with | rules.private_with
-        require(not rest & ~known, errno.EINVAL)
+        require(not rest & ~(known | rules.shared_with), errno.EINVAL)
         shares = bool(flags & rules.shares_with)
         private = bool(flags & rules.private_with)
+        shared = bool(flags & rules.shared_with)
         require(shares or not private, errno.EINVAL)
-        huge = bool(flags & rules.huge_flag)
-        require(huge or log == 0, errno.EINVAL)
-        require(not huge or log in (0, 21, 30), errno.EINVAL)
-        assert differs(36)
-        page_size = (1 << log if log else SIZE_2M) if huge else PAGE
-        if huge and log == 0 and rules.rounds_size_up:
+        require(not (shared and flags & rules.huge_flag), errno.EINVAL)
+        page_size = self._page_size(flags, order)
+        if page_size > PAGE and rules.rounds_size_up and not self._log(flags):
             assert differs(41)
             size = -(-size // page_size) * page_size
         require(size > 0 and size % page_size == 0, errno.EINVAL)
@@ -126,10 +123,25 @@ class Reference:
         inode = Inode(rules, self.pool, nr_pages, self.holds)
         inode.vm = vm
         if rules.shares_with:
-            inode.serves_shared = shares
+            inode.serves_shared = inode.mappable = shares
             begins = shares and not private and rules.begins_shared
-            inode.store(range(nr_pages), int(begins))
+            inode.store(range(nr_pages), int(begins or shared))
         self.inodes[number] = inode
+
+    def _log(self, flags: int) -> int:
+        return flags >> self.rules.size_shift & self.rules.size_mask
+
+    def _page_size(self, flags: int, order: int) -> int:
+        huge, log = bool(flags & self.rules.huge_flag), self._log(flags)
+        if self.rules.order_field:
+            assert differs(71)
+            require(order in ((9, 18) if huge else (0,)), errno.EINVAL)
+            return PAGE << order
+        require(order == 0, errno.EINVAL)
+        require(huge or log == 0, errno.EINVAL)
+        require(not huge or log in (0, 21, 30), errno.EINVAL)
+        assert differs(36)
+        return (1 << log if log else SIZE_2M) if huge else PAGE
 
     def close(self, number: int) -> None:
         """Close the file, and what clients have mapped of it."""
@@ -164,7 +176,8 @@ class Reference:
         require(offset >= 0 and length > 0, errno.EINVAL)
         known = mode & KEEP_SIZE and not mode & ~(KEEP_SIZE | PUNCH_HOLE)
         require(bool(known), errno.EOPNOTSUPP)
-        require(offset % PAGE == 0 and length % PAGE == 0, errno.EINVAL)
+        unit = PAGE * (inode.unit if self.rules.whole_folios else 1)
+        require(offset % unit == 0 and length % unit == 0, errno.EINVAL)
         first, last = offset // PAGE, (offset + length) // PAGE
         if mode & PUNCH_HOLE:
             stop = min(last, inode.nr_pages)
@@ -231,7 +244,7 @@ class Reference:
             raise Refused(errno.EBADF)
         require(inode.vm == vm, errno.EINVAL)
         require(slot.pages.stop <= inode.nr_pages, errno.EINVAL)
-        if self.rules.file_decides and inode.serves_shared:
+        if self.rules.side_is_file and inode.serves_shared:
             require(userspace == slot.pages.start * PAGE, errno.EINVAL)
         taken = any(_overlap(pages, slot.pages) for pages in inode.bound.values())
         require(not taken, errno.EINVAL)
@@ -254,7 +267,8 @@ class Reference:
         self, vm: str, address: int, size: int, attributes: int, flags: int
     ) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES; in RFC_V1 it converts the files of the range."""
-        require(flags == 0 and not attributes & ~PRIVATE, errno.EINVAL)
+        supported = 0 if self.rules.every_file_decides else PRIVATE
+        require(flags == 0 and not attributes & ~supported, errno.EINVAL)
         require(size > 0 and address + size < U64, errno.EINVAL)
         require(address % PAGE == 0 and size % PAGE == 0, errno.EINVAL)
         first, stop = address // PAGE, (address + size) // PAGE
@@ -283,6 +297,18 @@ class Reference:
             pages = range(offset // PAGE, (offset + size) // PAGE)
             convert_exactly(inode, pages, to)
 
+    def set_attributes2(
+        self, number: int, where: range, attributes: int, must_be_zero: int
+    ) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES2; `must_be_zero`: flags, and the reserved words."""
+        inode = self.inodes[number]
+        require(must_be_zero == 0 and not attributes & ~PRIVATE, errno.EINVAL)
+        require(len(where) > 0, errno.EINVAL)
+        require(where.start % PAGE == 0 and where.stop % PAGE == 0, errno.EINVAL)
+        require(where.stop <= inode.nr_pages * PAGE, errno.EINVAL)
+        pages = range(where.start // PAGE, where.stop // PAGE)
+        convert_in_place(inode, pages, int(not attributes))
+
     # Guests.
 
     def guest_access(self, vm: str, gfn: int, meant: int | None) -> Reached:
@@ -304,6 +330,8 @@ class Reference:
         return self._through_host_view(slot, gfn)
 
     def _says_itself(self, slot: Slot) -> bool:
+        if self.rules.every_file_decides:
+            return True
         return self.rules.file_decides and self.inodes[slot.inode].serves_shared
 
     def _in_place(self, vm: str, slot: Slot, gfn: int, meant: int | None) -> Reached:
@@ -313,6 +341,8 @@ class Reference:
             return Exit(errno.EFAULT, private=meant == 1)
         if meant not in (None, private):
             return Exit(errno.EFAULT, private=bool(meant))
+        if not private and not inode.serves_shared:
+            return self._through_host_view(slot, gfn)
         return self._get_pfn(vm, slot, gfn, private=private)
 
     def _get_pfn(self, vm: str, slot: Slot, gfn: int, *, private: bool) -> Reached:

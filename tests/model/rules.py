@@ -34,6 +34,12 @@ class Rules:
     `huge_flag`, `size_shift`, `other_flags`: the flag word of KVM_CREATE_GUEST_MEMFD;
     `shares_with`: the flag without which no page can be shared, `private_with`: the one
     (only beside it) with which a file begins as private where it `begins_shared`.
+    `shared_with`: the flag with which a file of 4K begins shared. `order_field`: the
+    size of huge pages is their order, in a field of its own.
+    `every_file_decides`: also one whose pages cannot be shared in place; VMs have no
+    attributes. `attributes2`: the ioctl of files is one for both ways, by huge pages.
+    `side_is_file`: what userspace maps at a memslot must be the file, where it can be.
+    `whole_folios`: fallocate takes whole huge pages alone.
     `never`: calls that cannot come to anything.
     """
 
@@ -56,6 +62,12 @@ class Rules:
     rounds_size_up: bool = False
     shares_with: int = 0
     private_with: int = 0
+    shared_with: int = 0
+    order_field: bool = False
+    every_file_decides: bool = False
+    attributes2: bool = False
+    side_is_file: bool = False
+    whole_folios: bool = False
 
 
 RULES: Final[Mapping[str, Rules]] = {
@@ -73,6 +85,7 @@ RULES: Final[Mapping[str, Rules]] = {
         huge_flag=1 << 1,
         size_shift=26,
         rounds_size_up=True,
+        never=("convert_file", "set_attributes2"),
     ),
     "RFC_V2": Rules(
         vm_converts=False,
@@ -90,6 +103,31 @@ RULES: Final[Mapping[str, Rules]] = {
         shares_with=1 << 0,
         private_with=1 << 1,
         begins_shared=True,
+        side_is_file=True,
+        never=("set_attributes2",),
+    ),
+    # Version 8 of the in-place conversion, and the branch of it that has huge pages.
+    "IN_PLACE": Rules(
+        vm_converts=False,
+        file_decides=True,
+        bind_shares=False,
+        keeps_content=True,
+        rounds_out=True,
+        busy=errno.EAGAIN,
+        counts_references=True,
+        punch_merges_first=True,
+        holds_keep_inode=False,
+        counts_base_pages=True,
+        huge_flag=1 << 2,
+        size_shift=0,
+        size_mask=0,
+        shares_with=1 << 0,
+        shared_with=1 << 1,
+        order_field=True,
+        every_file_decides=True,
+        attributes2=True,
+        whole_folios=True,
+        never=("convert_file",),
     ),
     # Of a software-protected VM: INIT_SHARED (1 << 1) is not for it.
     "MAINLINE": Rules(
@@ -108,7 +146,7 @@ RULES: Final[Mapping[str, Rules]] = {
         size_mask=0,
         page_sizes=(PAGE,),
         shares_with=1 << 0,
-        never=("unpin",),
+        never=("unpin", "convert_file", "set_attributes2"),
     ),
 }
 """Section 9 of the semantics, one row for each series."""
@@ -125,6 +163,10 @@ DEVIATIONS: Final[Mapping[int, str]] = {
     41: "a size that is rounded up is the size of the file",
     46: "error_offset of a conversion without memory stays 0",
     55: "a conversion that finds every page converted does nothing (RFC_V1)",
+    71: "the flag HUGETLB is 1 << 2, and an order is a field of its own (IN_PLACE)",
+    72: "no reference is held for a moment only: a drain finds none (IN_PLACE)",
+    73: "huge pages that have the attributes are skipped one by one (IN_PLACE)",
+    74: "no memory is short for the attributes of a file (IN_PLACE)",
     100: "a guest cannot reach a page that a refused conversion has left shared",
 }
 """Numbers of docs/deviations.md: the model asks `differs` at each of these places."""

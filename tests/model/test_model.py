@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import format_size
+from gmem.uapi.pages import SIZE_1G, SIZE_2M, format_size
 from tests.model.machine import Machine
 from tests.model.rules import DEVIATIONS, RULES
 from tests.support.sources import REPOSITORY, python_files
@@ -32,6 +32,8 @@ EVERY_CALL = (
     "unpin",
     "set_region",
     "set_attributes",
+    "set_attributes2",
+    "convert_file",
     "guest_access",
     "populate",
 )
@@ -99,3 +101,30 @@ def test_the_model_shares_no_code_with_the_cores() -> None:
             for line in re.findall(r"^(?:from|import) (\S+)", text, re.MULTILINE)
             for word in [line.partition(".")[0]]
         }
+
+
+@pytest.mark.parametrize("page_size", [SIZE_2M, SIZE_1G])
+def test_both_stop_in_place_at_the_same_huge_page(page_size: int) -> None:
+    """Few histories come to the second huge page before memory runs out."""
+    attributes = {"lineage": Lineage.IN_PLACE, "page_size": page_size}
+    machine = type("AModelledStop", (Machine,), attributes | {"steps": Counter()})()
+    machine.boot()
+    number = machine.open[0]
+    inode = machine.model.inodes[number]
+    whole, unit, shared = (0, "start", "rest"), inode.unit, range(inode.nr_pages)
+    machine.fallocate(file=0, place=whole, odd=0, mode=1)
+
+    machine.run_short(folios=1)
+    convert = {"file": 0, "place": whole, "odd": 0, "more": {}}
+    machine.convert_file(to=1, **convert)
+    machine.everything_agrees()
+    assert machine.steps["set_attributes2 ENOMEM"] == 1
+    assert inode.runs(shared, 1) == [range(unit)]
+
+    machine.recover()
+    machine.convert_file(to=1, **convert)
+    machine.pin(file=0, place=(1, "last", 1), pin=False)
+    machine.convert_file(to=0, **convert)
+    machine.everything_agrees()
+    assert machine.steps["set_attributes2 EAGAIN"] == 1
+    assert inode.runs(shared, 1) == [range(unit, inode.nr_pages)]

@@ -162,5 +162,11 @@ SIM: Final[Mapping[str, Mutant]] = {
 """,
         Lineage.IN_PLACE,
     ),
+    "an in-place conversion blames the beginning of its file": _mutant(
+        "gmem.guest_memfd.core.conversion_in_place",
+        """{"error_offset": pages.offset, """,
+        """{"error_offset": 0, """,
+        Lineage.IN_PLACE,
+    ),
 }
 """By what was left out; each must be found within the fixed seeds."""
