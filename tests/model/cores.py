@@ -214,6 +214,10 @@ class Cores:
         assert slot is not None
         number = int(slot.region.guest_memfd)
         page = slot.file_offset(gfn) // PAGE_SIZE
+        side = slot.region.userspace
+        if outcome.window == slot.userspace_window and not slot.gmem_only:
+            assert side is not None
+            page = side.offset // PAGE_SIZE + gfn - slot.gfns.start
         view = self.host.view_of(where.name, outcome.window)
         assert view is not None
         who = guest_process(where.name)
@@ -225,6 +229,9 @@ class Cores:
         inode = self.inode(number)
         if view is ViewKind.HOST and not inode.rules.creation.host_mmap(inode.options):
             # There is no mapping to touch: mmap was ENODEV.
+            return False
+        if page not in inode.whole:
+            # SIGBUS: behind the end.
             return False
         ended = self._call(lambda: perform(Touch(who, number, view, page, write)))
         return bool(ended.value)

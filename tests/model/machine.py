@@ -91,7 +91,9 @@ class Machine(Twofold):
         self.serial = 0
         # Something to begin with.
         for vm in ("a", "b"):
-            self.create(vm=vm, units=3, extra=0, flags=0, bits=0, good=True)
+            # Of a file that begins private little can be held.
+            begins = self.series.shared_with if vm == "a" else 0
+            self.create(vm=vm, units=3, extra=0, flags=begins, bits=0, good=True)
             self.set_region(
                 vm=vm,
                 slot=0,

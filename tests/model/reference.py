@@ -27,12 +27,16 @@ U64 = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A memslot: guest frames from `base` on, backed by pages of file `inode`."""
+    """A memslot: guest frames from `base` on, backed by pages of file `inode`.
+
+    `side` is the first page of the same file that userspace maps for it.
+    """
 
     number: int
     base: int
     inode: int
     pages: range
+    side: int
 
     @property
     def gfns(self) -> range:
@@ -232,7 +236,8 @@ class Reference:
         require(slot not in slots, errno.EINVAL)
         first = target.offset // PAGE
         pages = range(first, first + size // PAGE)
-        made = Slot(slot, gpa // PAGE, target.inode, pages)
+        side = target.userspace // PAGE
+        made = Slot(slot, gpa // PAGE, target.inode, pages, side)
         for other in slots.values():
             require(not _overlap(other.gfns, made.gfns), errno.EEXIST)
         self._bind(vm, made, target.userspace)
@@ -360,9 +365,11 @@ class Reference:
 
     def _through_host_view(self, slot: Slot, gfn: int) -> Reached:
         """The guest's shared memory is what userspace maps: the host view."""
-        inode, page = self.inodes[slot.inode], slot.page_of(gfn)
+        inode, page = self.inodes[slot.inode], slot.side + gfn - slot.base
         assert differs(13)
         try:
+            # SIGBUS behind the end, like a page that is private.
+            require(page < inode.nr_pages, errno.EFAULT)
             inode.host_touch(page)
         except Refused:
             return Exit(-1, private=False)

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gmem.uapi.lineage import Lineage
-from gmem.uapi.pages import SIZE_1G, SIZE_2M, format_size
+from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M, format_size
 from tests.model.machine import Machine
+from tests.model.reference import Exit
 from tests.model.rules import DEVIATIONS, RULES
 from tests.support.sources import REPOSITORY, python_files
 
@@ -128,3 +129,25 @@ def test_both_stop_in_place_at_the_same_huge_page(page_size: int) -> None:
     machine.everything_agrees()
     assert machine.steps["set_attributes2 EAGAIN"] == 1
     assert inode.runs(shared, 1) == [range(unit, inode.nr_pages)]
+
+
+def test_a_guest_reaches_what_userspace_maps_elsewhere() -> None:
+    """The userspace side of the first series may begin at another page of the file."""
+    attributes = {"lineage": Lineage.RFC_V1, "page_size": PAGE_SIZE}
+    machine = type("AModelledSide", (Machine,), attributes | {"steps": Counter()})()
+    machine.boot()
+    inode = machine.model.inodes[machine.open[0]]
+    slot = {"vm": "a", "slot": 0, "file": 0, "unit": 0, "odd": (0, 0, 0), "flags": 4}
+    machine.set_region(units=0, first=0, elsewhere=0, **slot)
+    machine.set_region(units=3, first=0, elsewhere=PAGE_SIZE, **slot)
+    access = {"vm": "a", "slot": 0, "meant": None, "write": True}
+
+    machine.guest_access(place=(0, "start", 1), **access)
+    machine.everything_agrees()
+    assert set(inode.content) == {1}
+
+    # Its last page is one behind the end of the file.
+    last = inode.nr_pages - 1
+    assert machine.cores.guest_access("a", last, None, write=True).errno == -1
+    assert machine.model.guest_access("a", last, None) == Exit(-1, private=False)
+    machine.everything_agrees()
