@@ -222,7 +222,10 @@ class Runner:
     ) -> None:
         """Last until an operation that a worker starts has ended."""
         await self._loop.run_in_executor(workers, work)
-        await asyncio.wait([asyncio.wrap_future(done)])
+        ended = asyncio.wrap_future(done)
+        await asyncio.wait([ended])
+        # An error goes to whoever asked; one that nobody looks at here is logged.
+        ended.exception()
 
     async def _finish(
         self, stepper: _Stepper[T], answer: _Answer, done: Future[T]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 from collections.abc import Iterator
@@ -208,6 +209,21 @@ async def test_a_worker_performs_what_blocks_and_keeps_the_callers_context(
             await world.runner.run_in_worker(sum_up(-1, 0), None, workers)
     assert (before[:6], asked, world.marks) == ("worker", 4, ["the caller"])
     assert await world.runner.drain(5) == 0
+
+
+async def test_a_refusal_of_an_operation_that_a_worker_has_is_heard_once(
+    world: World,
+) -> None:
+    said: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _loop, context: said.append(context["message"])
+    )
+    with ThreadPoolExecutor(1) as workers:
+        with pytest.raises(Exhausted):
+            await world.runner.run_in_worker(sum_up(-1, 0), None, workers)
+        assert await world.runner.drain(5) == 0
+    gc.collect()
+    assert said == []
 
 
 async def test_an_operation_that_a_worker_has_outlives_its_caller(world: World) -> None:
