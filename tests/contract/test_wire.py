@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -126,6 +128,31 @@ async def test_a_service_that_comes_later_is_reached_by_a_repeat(
         await asyncio.sleep(0.1)
         async with serve_allocator(Allocator(), tmp_path):
             assert await asyncio.wait_for(asking, 10) == 1
+
+
+async def test_a_service_that_is_away_for_long_is_asked_as_often_as_at_first(
+    tmp_path: Path,
+) -> None:
+    path, asked, enough = tmp_path / "host_allocator.sock", [], asyncio.Event()
+
+    async def die(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 12:
+            enough.set()
+        writer.close()
+
+    patience = Patience(attempts=1000, longest_pause=0.05)
+    async with (
+        await asyncio.start_unix_server(die, path),
+        HostAllocatorClient(f"unix:{path}", patience=patience) as client,
+    ):
+        asking = asyncio.create_task(client.get_statistics())
+        await asyncio.wait_for(enough.wait(), 60)
+        asking.cancel()
+        await asyncio.wait([asking])
+    pauses = [after - before for before, after in itertools.pairwise(asked)]
+    # Each may be longer for want of a processor: the shortest of some tell.
+    assert min(pauses[-3:]) < 4 * min(pauses[:3])
 
 
 async def test_a_repeat_after_the_deadline_joins_the_first_request(
