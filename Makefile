@@ -149,7 +149,7 @@ compose-down: ## end it; no container, network or volume is left
 
 .PHONY: test-compose
 test-compose: setup ## does all of it work in containers? Needs a container engine
-	$(call pytest,compose,1500,-m compose -o faulthandler_timeout=450 tests/compose)
+	$(call pytest,compose,1500,-m compose tests/compose)
 
 # Static checks
 
