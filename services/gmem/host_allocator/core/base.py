@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from gmem.host_allocator.core.allocator import FOLIOS_PER_CALL_MAX
 from gmem.host_allocator.core.extents import Extents
@@ -183,13 +184,11 @@ class BaseAllocator:
     def free(self, handle: int, folios: Sequence[Folio]) -> None:
         """Return frames to base memory; those with an error are withheld."""
         claim = require_handle(self.claims, handle)
-        for folio in folios:
-            self._require_folio(claim, folio)
-        if len(set(folios)) < len(folios):
-            twice, _ = Counter(folios).most_common(1)[0]
-            raise self._unknown(claim, twice)
+        runs = _runs(folios)
+        if not self._are_folios(claim, runs, len(folios)):
+            raise self._unknown(claim, self._stranger(claim, folios))
 
-        for node, run in _runs(folios):
+        for node, run in runs:
             claim.frames[node].remove(run)
             self.nodes[node].free(run)
             for pfn in [pfn for pfn in self.hwpoison if pfn in run]:
@@ -225,10 +224,24 @@ class BaseAllocator:
             )
 
     def _require_folio(self, claim: BaseClaim, folio: Folio) -> None:
-        if folio.order != 0 or not 0 <= folio.node < len(self.nodes):
+        if not self._are_folios(claim, _runs([folio]), 1):
             raise self._unknown(claim, folio)
-        if not claim.frames[folio.node].covers(folio.frames):
-            raise self._unknown(claim, folio)
+
+    def _are_folios(
+        self, claim: BaseClaim, runs: Sequence[tuple[int, PgRange]], nr_folios: int
+    ) -> bool:
+        """Tell whether `runs` are of `nr_folios` 4K folios that a claim has."""
+        return sum(len(run) for _, run in runs) == nr_folios and all(
+            0 <= node < len(self.nodes) and claim.frames[node].covers(run)
+            for node, run in runs
+        )
+
+    def _stranger(self, claim: BaseClaim, folios: Sequence[Folio]) -> Folio:
+        """Return the first of `folios` that a claim has not, or one named twice."""
+        for folio in folios:
+            if not self._are_folios(claim, _runs([folio]), 1):
+                return folio
+        return Counter(folios).most_common(1)[0][0]
 
     def _unknown(self, claim: BaseClaim, folio: Folio) -> NoSuchObject:
         return NoSuchObject(
@@ -264,8 +277,23 @@ class BaseAllocator:
 
 
 def _runs(folios: Sequence[Folio]) -> list[tuple[int, PgRange]]:
-    """Merge distinct 4K folios into runs per node, ascending."""
-    runs: dict[int, Extents] = {}
-    for folio in sorted(folios, key=lambda folio: (folio.node, folio.pfn)):
-        runs.setdefault(folio.node, Extents()).add(folio.frames)
-    return [(node, run) for node, extents in runs.items() for run in extents.runs()]
+    """Merge 4K folios into runs per node, ascending.
+
+    A folio that is named twice, or is none of 4K, has no part in them: then there are
+    fewer frames than folios. A file of some GiB is freed at once, so this looks at
+    runs rather than at a set of all of its folios.
+    """
+    runs: list[tuple[int, PgRange]] = []
+    node, start, stop = -1, 0, 0
+    for folio in sorted(folios, key=attrgetter("node", "pfn")):
+        if folio.order:
+            continue
+        if folio.node == node and folio.pfn <= stop:
+            stop = max(stop, folio.pfn + 1)
+            continue
+        if start < stop:
+            runs.append((node, PgRange(start, stop)))
+        node, start, stop = folio.node, folio.pfn, folio.pfn + 1
+    if start < stop:
+        runs.append((node, PgRange(start, stop)))
+    return runs
