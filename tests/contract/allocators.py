@@ -40,9 +40,16 @@ HOST = "host0"
 
 
 def small_host() -> HostMemory:
-    """Two nodes of 3 GiB; each with one 1G page and two 2M pages."""
+    """Two nodes, each with one 1G page and two 2M pages.
+
+    Node 0 has little beside them, so that base memory can be used up; node 1 begins
+    behind that and has to reach to the next frame at which a 1G page may lie.
+    """
     pools = [BootPool(SIZE_1G, 2), BootPool(SIZE_2M, 4)]
-    return HostMemory([3 * SIZE_1G // PAGE_SIZE] * 2, pools)
+    little = 16384
+    return HostMemory(
+        [SIZE_1G // PAGE_SIZE + little, 2 * SIZE_1G // PAGE_SIZE + little], pools
+    )
 
 
 class Subject(Protocol):

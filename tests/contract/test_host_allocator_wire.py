@@ -173,7 +173,7 @@ async def test_validate_only_answers_and_changes_nothing(
     does = await client.update_pool(page_size=SIZE_2M, nr_huge_pages=9999)
     assert (does.pool, does.missing_pages) == (would.pool, would.missing_pages)
     assert does.pool.name == f"hosts/host0/pools/{SIZE_2M}"
-    assert does.pool.nr_huge_pages > 1000
+    assert does.pool.nr_huge_pages > 500
     assert does.missing_pages == 9999 - does.pool.nr_huge_pages
 
 

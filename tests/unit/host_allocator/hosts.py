@@ -13,6 +13,8 @@ from gmem.uapi.errors import KernelError, Reason
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
 
 PAGES_PER_1G = SIZE_1G // PAGE_SIZE
+LITTLE = 8192
+"""Base pages beside one huge page, its memmap among them: soon used up."""
 HUGE = pytest.mark.parametrize("page_size", [SIZE_2M, SIZE_1G], ids=["2M", "1G"])
 # What one folio saves; written out, as the tests check the arithmetic.
 SAVED = {SIZE_1G: 4095, SIZE_2M: 7}

@@ -10,7 +10,12 @@ from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.values import BootPool, PoolStatistics
 from gmem.uapi.errors import Reason
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
-from tests.unit.host_allocator.hosts import PAGES_PER_1G, refused, take_base_memory
+from tests.unit.host_allocator.hosts import (
+    LITTLE,
+    PAGES_PER_1G,
+    refused,
+    take_base_memory,
+)
 
 
 def counts(pool: PoolStatistics) -> list[tuple[int, int]]:
@@ -19,6 +24,11 @@ def counts(pool: PoolStatistics) -> list[tuple[int, int]]:
 
 def two_nodes() -> HostMemory:
     return HostMemory([4 * PAGES_PER_1G] * 2, [BootPool(SIZE_1G, 4)])
+
+
+def one_page() -> HostMemory:
+    """One 1G page, and little else."""
+    return HostMemory([PAGES_PER_1G + LITTLE], [BootPool(SIZE_1G, 1)])
 
 
 def test_a_1g_page_becomes_512_pages_of_2m_and_takes_511_vmemmap_pages() -> None:
@@ -83,7 +93,7 @@ def test_all_reservations_count_against_the_free_pages_of_one_node() -> None:
 
 
 def test_a_surplus_page_is_not_demoted() -> None:
-    memory = HostMemory([4 * PAGES_PER_1G], [BootPool(SIZE_1G, 1)])
+    memory = one_page()
     take_base_memory(memory)
     # Its vmemmap cannot be restored, so that it stays as a free surplus page.
     assert memory.update_pool(SIZE_1G, 0).pool.surplus_huge_pages == 1
@@ -91,7 +101,7 @@ def test_a_surplus_page_is_not_demoted() -> None:
 
 
 def test_the_first_page_without_vmemmap_is_refused() -> None:
-    memory = HostMemory([4 * PAGES_PER_1G], [BootPool(SIZE_1G, 1)])
+    memory = one_page()
     take_base_memory(memory, leave=4094)
     before = memory.statistics().levels()
     with pytest.raises(OSError, match="takes 4095 vmemmap pages first") as caught:
@@ -102,7 +112,7 @@ def test_the_first_page_without_vmemmap_is_refused() -> None:
 
 
 def test_what_vmemmap_allows_is_demoted() -> None:
-    memory = HostMemory([4 * PAGES_PER_1G], [BootPool(SIZE_1G, 2)])
+    memory = HostMemory([2 * PAGES_PER_1G + 2 * LITTLE], [BootPool(SIZE_1G, 2)])
     take_base_memory(memory, leave=4095 + 510)
     # The first leaves 511 fewer, which is one too few for the second.
     demotion = memory.demote_pool(SIZE_1G, 2)

@@ -13,6 +13,7 @@ from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M, Pfn
 from tests.support.rows import apply
 from tests.unit.host_allocator.hosts import (
     HUGE,
+    LITTLE,
     PAGES_PER_1G,
     one_folio,
     refused,
@@ -22,7 +23,7 @@ from tests.unit.host_allocator.hosts import (
 
 def host() -> HostMemory:
     pools = [BootPool(SIZE_1G, 1), BootPool(SIZE_2M, 4)]
-    return HostMemory([2 * PAGES_PER_1G + 8192], pools)
+    return HostMemory([PAGES_PER_1G + LITTLE], pools)
 
 
 def corrupted_kb(memory: HostMemory) -> int:

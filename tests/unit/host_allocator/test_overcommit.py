@@ -11,14 +11,19 @@ from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.values import BootPool, MemPolicy, MemPolicyMode
 from gmem.uapi.errors import Errno, KernelError, Reason
 from gmem.uapi.pages import SIZE_1G, SIZE_2M
-from tests.unit.host_allocator.hosts import PAGES_PER_1G, refused, take_base_memory
+from tests.unit.host_allocator.hosts import (
+    LITTLE,
+    PAGES_PER_1G,
+    refused,
+    take_base_memory,
+)
 
 BIND_1 = MemPolicy(MemPolicyMode.BIND, (1,))
 
 
 def host(nr_overcommit: int = 4, nr_huge_pages: int = 2) -> HostMemory:
     return HostMemory(
-        [PAGES_PER_1G] * 2,
+        [LITTLE] * 2,
         [BootPool(SIZE_2M, nr_huge_pages)],
         nr_overcommit={SIZE_2M: nr_overcommit},
     )

@@ -13,6 +13,7 @@ from gmem.uapi.errors import Errno, Exhausted, Reason
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M, order_of
 from tests.unit.host_allocator.hosts import (
     HUGE,
+    LITTLE,
     PAGES_PER_1G,
     SAVED,
     one_folio,
@@ -21,7 +22,7 @@ from tests.unit.host_allocator.hosts import (
 
 
 def host(page_size: int, *, optimize: bool = True) -> HostMemory:
-    pages = [3 * PAGES_PER_1G]
+    pages = [page_size // PAGE_SIZE + LITTLE]
     return HostMemory(pages, [BootPool(page_size, 1)], optimize_vmemmap=optimize)
 
 
