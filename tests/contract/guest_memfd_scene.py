@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -21,7 +20,6 @@ from tests.support.hosts import (
     VM,
     Host,
     Inode,
-    Program,
     counters,
     new_inode,
 )
@@ -30,10 +28,9 @@ KEEP: Final = FALLOC_FL_KEEP_SIZE
 PUNCH: Final = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 MIB: Final = 1 << 20
 SCENE_SHAPE: Final = HostShape(
-    nodes=(NodeShape(memory_size=128 * MIB, huge_pages={SIZE_2M: 16}),)
+    nodes=(NodeShape(memory_size=40 * MIB, huge_pages={SIZE_2M: 16}),)
 )
 """Sixteen 2M pages, and little enough base memory to be used up."""
-GIVER: Final = ("giver", "scene")
 
 
 Body = dict[str, Any]
@@ -98,6 +95,13 @@ READERS: Final = (
 MUTATIONS: Final = sorted(rpc for rpc in RIGHT if rpc not in READERS)
 
 
+def named_in(*bodies: Body) -> set[str]:
+    """Return the words that requests name."""
+    values = [value for body in bodies for value in body.values()]
+    strings = [value for value in values if isinstance(value, str)]
+    return {value[1:] for value in strings if value.startswith("@")}
+
+
 @dataclass
 class Scene:
     """Inodes in every state that a refusal needs; `words` are their names.
@@ -160,25 +164,84 @@ class Scene:
         return [*map(self._resolved, value)] if isinstance(value, list) else value
 
 
-async def build_scene(host: Host) -> dict[str, Any]:
-    """Make what Scene's docstring lists; return its words.
+@dataclass(frozen=True)
+class _Bound:
+    """An inode of RFC_V1 whose first 2M a memslot binds."""
 
-    The holds and descriptors are those of a client process of the host: they last as
-    long as it does.
+    slot: int
+    shared: bool = True
+    page_size: int = SIZE_2M
+    units: int = 1
+    cgroup: str = ""
+
+
+_BOUND: Final = {
+    "shared": _Bound(0, units=2),
+    "private": _Bound(1, shared=False),
+    "tiny": _Bound(2, page_size=PAGE_SIZE),
+    "used_up": _Bound(3),
+    "unused": _Bound(4),
+    "tiny_private": _Bound(5, shared=False, page_size=PAGE_SIZE),
+    "used_up_private": _Bound(6),
+    "limited": _Bound(9, cgroup="/full"),
+    "limited_private": _Bound(10, shared=False, cgroup="/full"),
+    "lost": _Bound(7, page_size=PAGE_SIZE),
+    "lost_private": _Bound(8, shared=False, page_size=PAGE_SIZE),
+    "closed": _Bound(0),
+}
+_UNBOUND: Final[dict[str, Body]] = {
+    "second": {"lineage": "RFC_V2", "page_size": SIZE_2M, "support_shared": True},
+    "mainline": {
+        "lineage": "MAINLINE",
+        "page_size": PAGE_SIZE,
+        "mmap": True,
+        "init_shared": True,
+    },
+    "in_place": {"lineage": "IN_PLACE", "page_size": SIZE_2M},
+    "plain": {
+        "lineage": "IN_PLACE",
+        "page_size": PAGE_SIZE,
+        "no_private_memory": True,
+    },
+}
+_HELD: Final = {
+    "shared": (3, "disk", pb.HOLD_KIND_PIN),
+    "second": (0, "disk", pb.HOLD_KIND_PIN),
+    "used_up": (0, "somebody", pb.HOLD_KIND_PLAIN),
+    "used_up_private": (0, "somebody", pb.HOLD_KIND_PLAIN),
+    "closed": (0, "somebody", pb.HOLD_KIND_PLAIN),
+}
+"""The page of each that is held, by whom and how."""
+_OF_A_CLIENT: Final = ("long", "short", "view", "blind", "guest_pid")
+EVERYTHING: Final = frozenset((*_BOUND, *_UNBOUND, *_OF_A_CLIENT))
+
+
+async def build_scene(host: Host, wanted: Iterable[str] = EVERYTHING) -> dict[str, Any]:
+    """Make what of Scene's docstring is `wanted`, and what that needs; return words.
+
+    What is of a client process lasts as long as it does.
     """
-    program = host.program(*GIVER)
-    async with host.clients(*GIVER) as (allocator, gmem):
-        await _cgroup(allocator)
-        inodes = await _inodes(host, gmem)
-        words: dict[str, Any] = {name: inode.name for name, inode in inodes.items()}
-        words |= await _descriptors(host, program, inodes["shared"])
-        words["guest_pid"] = program.pid
-        scene = Scene(gmem, words)
-        await scene.call("PopulateRange", {"offset": 0})
+    names = {*wanted}
+    assert names <= EVERYTHING, names - EVERYTHING
+    if "private" in names:
+        names.add("long")
+    async with host.clients() as (allocator, gmem):
+        if any(_BOUND[name].cgroup for name in names & _BOUND.keys()):
+            await _make_cgroup(allocator)
+        made = {
+            name: await _make(host, gmem, name)
+            for name in (*_BOUND, *_UNBOUND)
+            if name in names
+        }
+        words: dict[str, Any] = {name: inode.name for name, inode in made.items()}
+        if not names.isdisjoint(_OF_A_CLIENT):
+            words |= await _of_a_client(host, made.get("shared"))
+        if "private" in names:
+            await Scene(gmem, words).call("PopulateRange", {"offset": 0})
     return words
 
 
-async def _cgroup(allocator: HostAllocatorClient) -> None:
+async def _make_cgroup(allocator: HostAllocatorClient) -> None:
     """Make a cgroup that may have nothing, if it is not there."""
     names = {cgroup.name for cgroup in await allocator.list_cgroups()}
     if "/full" not in names:
@@ -186,110 +249,68 @@ async def _cgroup(allocator: HostAllocatorClient) -> None:
     await allocator.update_cgroup("/full", page_size=SIZE_2M, max=0, rsvd_max=0)
 
 
-async def _descriptors(host: Host, program: Program, inode: Inode) -> dict[str, str]:
-    await program.asked("take", await inode.token())
-    blind = str(host.run_dir / "blind")
-    return {
+async def _of_a_client(host: Host, shared: Inode | None) -> dict[str, Any]:
+    """Start a client process that gives descriptors, the host view of `shared` too."""
+    program = host.program("giver", "scene")
+    given: dict[str, Any] = {
         "long": await program.asked("give", 2 * PAGE_SIZE, 0x11),
         "short": await program.asked("give", PAGE_SIZE, 0x22),
-        "view": await program.asked("give_view"),
-        "blind": await program.asked("give_unreadable", blind),
+        "blind": await program.asked("give_unreadable", str(host.run_dir / "blind")),
+        "guest_pid": program.pid,
     }
+    if shared is not None:
+        await program.asked("take", await shared.token())
+        given["view"] = await program.asked("give_view")
+    return given
 
 
-async def _make(
-    host: Host,
-    gmem: GuestMemfdClient,
-    slot: int,
-    *,
-    shared: bool,
-    page_size: int,
-    units: int = 1,
-    cgroup: str = "",
-) -> Inode:
-    """Make an inode of RFC_V1 and bind its first 2M."""
+async def _make(host: Host, gmem: GuestMemfdClient, name: str) -> Inode:
+    """Make one inode, and bring it into its state."""
+    bound = _BOUND.get(name)
+    if bound is None:
+        made = await gmem.create_guest_memfd(size=SIZE_2M, **_UNBOUND[name])
+        inode = Inode(host, gmem, made.name, SIZE_2M)
+    else:
+        inode = await _make_bound(host, gmem, bound)
+    if name in _HELD:
+        page, holder, kind = _HELD[name]
+        await gmem.pin_pages(
+            name=inode.name,
+            offset=page * PAGE_SIZE,
+            size=PAGE_SIZE,
+            holder=holder,
+            kind=kind,
+        )
+    if name in ("lost", "lost_private"):
+        await inode.fallocate(KEEP, 0, 2 * PAGE_SIZE)
+        await gmem.inject_memory_error(name=inode.name, offset=0)
+    if name in ("used_up", "used_up_private"):
+        await inode.fallocate(PUNCH, 0, SIZE_2M)
+    if name == "used_up_private":
+        await inode.convert(0, SIZE_2M, private=True)
+    if name == "closed":
+        await gmem.delete_guest_memfd(name=inode.name)
+    return inode
+
+
+async def _make_bound(host: Host, gmem: GuestMemfdClient, like: _Bound) -> Inode:
     inode = await new_inode(
         *(host, gmem),
-        page_size=page_size,
-        pages=units * SIZE_2M // page_size,
+        page_size=like.page_size,
+        pages=like.units * SIZE_2M // like.page_size,
         bound=False,
-        cgroup=cgroup,
+        cgroup=like.cgroup,
     )
     await gmem.bind_memslot(
         name=inode.name,
         vm=VM,
-        slot=slot,
+        slot=like.slot,
         base_gfn=0,
         offset=0,
         size=SIZE_2M,
-        host_faultable=shared,
+        host_faultable=like.shared,
     )
     return inode
-
-
-async def _inodes(host: Host, gmem: GuestMemfdClient) -> dict[str, Inode]:
-    make = partial(_make, host, gmem)
-    made = {
-        "shared": await make(0, shared=True, page_size=SIZE_2M, units=2),
-        "private": await make(1, shared=False, page_size=SIZE_2M),
-        "tiny": await make(2, shared=True, page_size=PAGE_SIZE),
-        "used_up": await make(3, shared=True, page_size=SIZE_2M),
-        "unused": await make(4, shared=True, page_size=SIZE_2M),
-        "tiny_private": await make(5, shared=False, page_size=PAGE_SIZE),
-        "used_up_private": await make(6, shared=True, page_size=SIZE_2M),
-        "limited": await make(9, shared=True, page_size=SIZE_2M, cgroup="/full"),
-        "limited_private": await make(
-            10, shared=False, page_size=SIZE_2M, cgroup="/full"
-        ),
-        "lost": await make(7, shared=True, page_size=PAGE_SIZE),
-        "lost_private": await make(8, shared=False, page_size=PAGE_SIZE),
-        "closed": await make(0, shared=True, page_size=SIZE_2M),
-    }
-    for name in ("lost", "lost_private"):
-        await made[name].fallocate(KEEP, 0, 2 * PAGE_SIZE)
-        await gmem.inject_memory_error(name=made[name].name, offset=0)
-    made["second"] = await _of_lineage(
-        host, gmem, "RFC_V2", page_size=SIZE_2M, support_shared=True
-    )
-    made["mainline"] = await _of_lineage(
-        host, gmem, "MAINLINE", page_size=PAGE_SIZE, mmap=True, init_shared=True
-    )
-    made["in_place"] = await _of_lineage(host, gmem, "IN_PLACE", page_size=SIZE_2M)
-    made["plain"] = await _of_lineage(
-        host, gmem, "IN_PLACE", page_size=PAGE_SIZE, no_private_memory=True
-    )
-    for name, page in (("shared", 3), ("second", 0)):
-        await _pin(gmem, made[name], page, "disk", pb.HOLD_KIND_PIN)
-    for name in ("used_up", "used_up_private", "closed"):
-        await _pin(gmem, made[name], 0, "somebody", pb.HOLD_KIND_PLAIN)
-    for name in ("used_up", "used_up_private"):
-        await made[name].fallocate(PUNCH, 0, SIZE_2M)
-    await made["used_up_private"].convert(0, SIZE_2M, private=True)
-    await gmem.delete_guest_memfd(name=made["closed"].name)
-    return made
-
-
-async def _of_lineage(
-    host: Host, gmem: GuestMemfdClient, lineage: str, **options: Any
-) -> Inode:
-    made = await gmem.create_guest_memfd(size=SIZE_2M, lineage=lineage, **options)
-    return Inode(host, gmem, made.name, SIZE_2M)
-
-
-async def _pin(
-    gmem: GuestMemfdClient,
-    inode: Inode,
-    page: int,
-    holder: str,
-    kind: pb.HoldKind.ValueType,
-) -> None:
-    await gmem.pin_pages(
-        name=inode.name,
-        offset=page * PAGE_SIZE,
-        size=PAGE_SIZE,
-        holder=holder,
-        kind=kind,
-    )
 
 
 @asynccontextmanager

@@ -20,11 +20,13 @@ from tests.contract.guest_memfd_scene import (
     KEEP,
     MUTATIONS,
     PUNCH,
+    RIGHT,
     SCENE_SHAPE,
     Body,
     Scene,
     build_scene,
     everything,
+    named_in,
 )
 from tests.support.backends import BOTH
 from tests.support.hosts import VM, Host, changes, new_inode, refused
@@ -40,9 +42,16 @@ def host_shape() -> HostShape:
 
 
 @pytest.fixture
-async def scene(clean_host: Host, gmem: GuestMemfdClient) -> Scene:
-    """A scene that the test may change."""
-    return Scene(gmem, await build_scene(clean_host))
+def rpc() -> str:
+    """The call that a test is about, where it is not a parameter."""
+    return "ConvertRange"
+
+
+@pytest.fixture
+async def scene(clean_host: Host, gmem: GuestMemfdClient, rpc: str) -> Scene:
+    """As much of the scene as a call of `rpc` needs, which the test may change."""
+    named = named_in(RIGHT[rpc], OTHER[rpc])
+    return Scene(gmem, await build_scene(clean_host, {"shared", *named}))
 
 
 # Ids.

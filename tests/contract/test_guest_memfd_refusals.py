@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+import pytest_asyncio
+from google.protobuf.message import Message
 
 from gmem.client import HostAllocatorClient
 from gmem.runtime.config import HostShape
@@ -46,36 +46,64 @@ def host_shape() -> HostShape:
     return SCENE_SHAPE
 
 
-@pytest.fixture(scope="module")
-def words(module_host: Host) -> Iterator[dict[str, Any]]:
-    """One scene for all cases: none of them changes it."""
-    yield asyncio.run(build_scene(module_host))
+class Still:
+    """A host that no case changes: what is seen after one is what the next begins with.
+
+    `scene` is there for all of them.
+    """
+
+    def __init__(self, allocator: HostAllocatorClient, scene: Scene) -> None:
+        self.allocator, self.scene = allocator, scene
+        self._seen: list[Message] | None = None
+
+    @asynccontextmanager
+    async def unchanged(self) -> AsyncIterator[None]:
+        """Assert that what happens inside changes nothing."""
+        before, self._seen = self._seen or await self._everything(), None
+        yield
+        after = await self._everything()
+        assert changes(before, after) == []
+        self._seen = after
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """Have no page of base memory free inside."""
+        self._seen = None
+        async with no_base_memory(self.allocator):
+            yield
+        self._seen = None
+
+    async def _everything(self) -> list[Message]:
+        return await everything(self.scene.gmem, self.allocator)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_still(module_host: Host) -> AsyncIterator[Still]:
+    words = await build_scene(module_host)
+    async with module_host.clients() as (allocator, gmem):
+        yield Still(allocator, Scene(gmem, words))
     module_host.end_programs()
 
 
 @pytest.fixture
-async def clients(
-    module_host: Host, words: dict[str, Any]
-) -> AsyncIterator[tuple[HostAllocatorClient, Scene]]:
+def still(module_host: Host, module_still: Still) -> Still:
     module_host.rearm()
-    async with module_host.clients() as (allocator, gmem):
-        yield allocator, Scene(gmem, words)
+    return module_still
 
 
+# One loop for all cases, and with it one pair of clients.
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 async def test_a_bad_call_is_refused_and_changes_nothing(
-    clients: tuple[HostAllocatorClient, Scene], case: Case
+    still: Still, case: Case
 ) -> None:
-    allocator, scene = clients
     async with AsyncExitStack() as stack:
         if case.drained:
-            await stack.enter_async_context(no_base_memory(allocator))
-        before = await everything(scene.gmem, allocator)
+            await stack.enter_async_context(still.drained())
+        await stack.enter_async_context(still.unchanged())
         with refused(case.reason, *case.words, errno=case.errno) as caught:
-            await scene.call(case.rpc, case.body, with_id=case.with_id)
+            await still.scene.call(case.rpc, case.body, with_id=case.with_id)
         assert type(caught[0]) is ERROR_TABLE[case.reason].error_class
-        after = await everything(scene.gmem, allocator)
-        assert changes(before, after) == []
 
 
 def test_every_row_of_the_tables_has_a_case() -> None:
