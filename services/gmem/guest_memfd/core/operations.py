@@ -7,6 +7,8 @@ changed. Every operation ends with `Inode.check()`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from gmem.effects import Acquire, Mode, Op, Release, T, Ticket, holding, perform
@@ -178,14 +180,9 @@ def get_pfn(
             return WrongAccess()
         if _is_elsewhere(inode, pgoff):
             return _reach_shared(inode, bound, pgoff, nr_pages)
-        try:
+        with _access_named(inode, pgoff):
             entry = yield from get_folio(inode, pgoff)
             yield from _prepare(inode, pgoff)
-        except KernelError as error:
-            # The exit says what the access was; where the file decides, only it knows.
-            private = inode.faultability[pgoff] is Faultability.GUEST
-            error.numbers["private"] = int(private)
-            raise
 
         # Nothing was locked: the slot may have been unbound, and the folio punched
         # away, split or made whole, while this fault was waiting.
@@ -193,7 +190,8 @@ def get_pfn(
         is_bound_still = inode.bindings.require_gfn(vm, slot, gfn) is bound
         if is_bound_still and inode.filemap.get(unit.start) == entry:
             break
-    require_usable(inode, PgRange(pgoff, pgoff + 1))
+    with _access_named(inode, pgoff):
+        require_usable(inode, PgRange(pgoff, pgoff + 1))
     pfn = Pfn(entry.folio.pfn + pgoff - unit.start)
     order = 0 if entry.split else inode.order
     if inode.faultability[pgoff] is Faultability.ALL:
@@ -202,6 +200,17 @@ def get_pfn(
     reach = page if entry.split else unit.intersection(bound.binding.pages)
     bound.handed_out.add(reach)
     return GuestPage(pfn, order)
+
+
+@contextmanager
+def _access_named(inode: Inode, pgoff: int) -> Iterator[None]:
+    """Have a refusal say what the access was: where the file decides, only it knows."""
+    try:
+        yield
+    except KernelError as error:
+        private = inode.faultability[pgoff] is Faultability.GUEST
+        error.numbers["private"] = int(private)
+        raise
 
 
 def _is_elsewhere(inode: Inode, pgoff: int) -> bool:

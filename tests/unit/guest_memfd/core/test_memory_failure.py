@@ -80,6 +80,8 @@ def test_an_error_in_a_whole_folio_takes_all_of_it(
         with refused(world, Reason.PAGE_POISONED) as caught:
             world.run(world.get_pfn(inode, pgoff))
         assert caught.value.errno == Errno.EHWPOISON
+        # What the exit has as its flag.
+        assert caught.value.numbers["private"] == 1
     assert world.read(inode, GUEST, failure.pages.stop) == 0
     world.check()
 
