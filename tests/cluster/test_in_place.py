@@ -356,13 +356,15 @@ async def test_fallocate_takes_whole_huge_pages_and_a_held_one_is_eagain(
         with pytest.raises(Refused, match="EINVAL"):
             await client.asked("fallocate", mode, 0, PAGE_SIZE)
     await client.asked("fallocate", KEEP, 0, inode.size)
+    await client.asked("raw_store", 0, 7)
     at = page_size + PAGE_SIZE
     hold = await gmem.pin_pages(
         name=inode.name, offset=at, size=PAGE_SIZE, holder="nic"
     )
     with pytest.raises(Refused, match="EAGAIN"):
         await client.asked("fallocate", PUNCH, 0, inode.size)
-    assert (await inode.get()).st_blocks == page_size // 512
+    assert (await inode.get()).st_blocks == inode.size // 512
+    assert await client.asked("raw_load", 0) == 7
     await gmem.unpin_pages(hold=hold)
     await client.asked("fallocate", PUNCH, 0, inode.size)
     assert (await inode.get()).st_blocks == 0

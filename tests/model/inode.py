@@ -225,13 +225,14 @@ class Inode:
             range(freed.stop, pages.stop),
         ):
             self.zero(part)
+        if self.rules.punch_is_whole:
+            self._require_free_to_merge(freed)
         for index in list(self.units(freed, out=False)) if inner else ():
-            unit = self.unit_of(index)
-            if self.rules.punch_merges_first and self.unit > 1:
-                held = self.held(unit, pins_only=False)
-                require(
-                    not held or not self.any_shared(unit),
-                    errno.EAGAIN,
-                    held[0] if held else None,
-                )
+            if self.rules.punch_merges_first:
+                self._require_free_to_merge(self.unit_of(index))
             self.drop(index)
+
+    def _require_free_to_merge(self, pages: range) -> None:
+        """Refuse where a huge page of `pages` is held: it would have to be merged."""
+        held = self.held(pages, pins_only=False) if self.unit > 1 and pages else []
+        require(not held, errno.EAGAIN, held[0] if held else None)

@@ -28,7 +28,8 @@ class Rules:
     `rounds_out`: what becomes private makes each huge page whole that it touches.
     `busy`: the errno where pages are in use; `counts_references`: every reference is a
     use, not only a mapping or a pin, and mappings are taken away first.
-    `punch_merges_first`: a split huge page with a reference cannot be punched (EAGAIN).
+    `punch_merges_first`: a huge page with a reference cannot be punched (EAGAIN), and
+    `punch_is_whole`: nor can any that the same call would have punched.
     `holds_keep_inode`: a page in somebody's hands keeps its file's memory reserved.
     `counts_base_pages`: st_blocks counts pages of 4K too, not only huge ones.
     `huge_flag`, `size_shift`, `other_flags`: the flag word of KVM_CREATE_GUEST_MEMFD;
@@ -68,6 +69,7 @@ class Rules:
     attributes2: bool = False
     side_is_file: bool = False
     whole_folios: bool = False
+    punch_is_whole: bool = False
 
 
 RULES: Final[Mapping[str, Rules]] = {
@@ -127,6 +129,7 @@ RULES: Final[Mapping[str, Rules]] = {
         every_file_decides=True,
         attributes2=True,
         whole_folios=True,
+        punch_is_whole=True,
         never=("convert_file",),
     ),
     # Of a software-protected VM: INIT_SHARED (1 << 1) is not for it.

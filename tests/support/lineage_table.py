@@ -24,6 +24,7 @@ from gmem.guest_memfd.core.eviction import (
 )
 from gmem.guest_memfd.core.in_use import (
     anything_is_freeable,
+    require_unreferenced_if_huge,
     require_unreferenced_if_split,
 )
 from gmem.guest_memfd.core.inode import InodeOptions
@@ -64,8 +65,11 @@ WORDS: Final[Mapping[object, str]] = {
     free_at_once: "reconstructed and freed while the inode waits",
     free_page_by_page: "split or held ones page by page, merged at last",
     merge_then_free_page_by_page: "merged at once, held ones page by page",
-    anything_is_freeable: "goes through",
-    require_unreferenced_if_split: "EAGAIN",
+    (anything_is_freeable, anything_is_freeable): "goes through",
+    (anything_is_freeable, require_unreferenced_if_split): (
+        "EAGAIN, what lies before it is gone"
+    ),
+    (require_unreferenced_if_huge, anything_is_freeable): "EAGAIN, nothing is gone",
     inside_slot: "inside the memslot",
     userspace_agrees: "gpa and userspace side agree",
     file_agrees: "gpa and file offset agree",
@@ -232,7 +236,9 @@ ROWS: Final[Mapping[str, Callable[[Column], str]]] = {
         "the page size" if c.rules.fallocates_folios else "4K"
     ),
     "`st_blocks` counts pages of 4K": lambda c: _yes(c.rules.counts_base_pages),
-    "a punch of a split page that is held": lambda c: WORDS[c.rules.require_freeable],
+    "a punch of a split page that is held": lambda c: WORDS[
+        c.rules.require_punchable, c.rules.require_freeable
+    ],
     "a page that is held keeps its inode": lambda c: _yes(c.rules.holds_keep_inode),
     "folios of a dead inode": lambda c: WORDS[c.rules.evict_folios],
     "`get_pfn` takes the invalidate lock": lambda c: (

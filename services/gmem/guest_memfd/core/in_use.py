@@ -14,7 +14,7 @@ from gmem.uapi.flags import Faultability
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE, PgRange
 
 FreeableTest: TypeAlias = Callable[[Inode, PgRange], None]
-"""Whether the folios of a range may be freed now; called for one huge unit at a time.
+"""Whether the folios of a range may be freed now.
 
 Raises Contended (PAGE_IN_USE), and nothing of the range is freed.
 """
@@ -66,6 +66,16 @@ def require_unreferenced_if_split(inode: Inode, pages: PgRange) -> None:
     It must be merged before it can be freed (kvm_gmem_merge_truncate_indices()).
     """
     if inode.wants_split(pages.start):
+        require_safe_refcount(inode, pages)
+
+
+def require_unreferenced_if_huge(inode: Inode, pages: PgRange) -> None:
+    """Raise Contended (PAGE_IN_USE) for a held page among huge ones.
+
+    Whoever holds a page has it shared, so that its folio must be merged
+    (merge_truncate_range()). 4K pages are not looked at.
+    """
+    if inode.order > 0:
         require_safe_refcount(inode, pages)
 
 

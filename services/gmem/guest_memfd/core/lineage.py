@@ -30,6 +30,7 @@ from gmem.guest_memfd.core.eviction import (
 from gmem.guest_memfd.core.in_use import (
     FreeableTest,
     anything_is_freeable,
+    require_unreferenced_if_huge,
     require_unreferenced_if_split,
 )
 from gmem.guest_memfd.core.memory_failure import (
@@ -75,6 +76,8 @@ class LineageRules:
     the VM's type; `convert_ioctls` which ioctls of the file convert;
     `fallocates_folios` whether fallocate takes whole folios alone;
     `holds_keep_inode` whether a page that is held keeps its inode alive;
+    `require_punchable` looks at all that a punch is to free before any of it goes, and
+    `require_freeable` at each huge unit of it in turn;
     `mempolicy_by_range` whether the file has memory policies of its own (mbind);
     `counts_base_pages` whether st_blocks counts pages of 4K, too; `charges_rsvd`
     whether a cgroup pays for reservations. The others are
@@ -88,6 +91,7 @@ class LineageRules:
     convert_ioctls: frozenset[int]
     fallocates_folios: bool
     restructure: RestructurePolicy
+    require_punchable: FreeableTest
     require_freeable: FreeableTest
     holds_keep_inode: bool
     evict_folios: EvictPolicy
@@ -133,7 +137,8 @@ _IN_PLACE: Final = LineageRules(
     convert_ioctls=frozenset((KVM_SET_MEMORY_ATTRIBUTES2,)),
     fallocates_folios=True,
     restructure=Eager(rounds_out=True, keeps_content=True),
-    require_freeable=require_unreferenced_if_split,
+    require_punchable=require_unreferenced_if_huge,
+    require_freeable=anything_is_freeable,
     holds_keep_inode=False,
     evict_folios=merge_then_free_page_by_page,
     mempolicy_by_range=True,
@@ -150,6 +155,7 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         convert_ioctls=_NO_IOCTLS,
         fallocates_folios=False,
         restructure=Eager(rounds_out=False, keeps_content=False),
+        require_punchable=anything_is_freeable,
         require_freeable=anything_is_freeable,
         holds_keep_inode=True,
         evict_folios=free_at_once,
@@ -165,6 +171,7 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         convert_ioctls=_RFC_V2_IOCTLS,
         fallocates_folios=False,
         restructure=Eager(rounds_out=True, keeps_content=True),
+        require_punchable=anything_is_freeable,
         require_freeable=require_unreferenced_if_split,
         holds_keep_inode=False,
         evict_folios=free_page_by_page,
@@ -182,6 +189,7 @@ RULES: Final[Mapping[Lineage, LineageRules]] = {
         convert_ioctls=_NO_IOCTLS,
         fallocates_folios=False,
         restructure=Eager(rounds_out=True, keeps_content=True),
+        require_punchable=anything_is_freeable,
         require_freeable=anything_is_freeable,
         holds_keep_inode=False,
         evict_folios=free_page_by_page,

@@ -390,6 +390,7 @@ def _punch_quiet(inode: Inode, pages: PgRange, begun: list[InvalidateEnd]) -> Op
         yield from perform(QuiesceView(inode.number, pages))
     yield from withdraw_value(inode, pages, Faultability.GUEST)
     freed = pages.rounded_in(inode.order)
+    inode.rules.require_punchable(inode, freed)
     for part in _outside(pages, freed):
         yield from perform(ZeroPages(inode.number, part))
     yield from truncate(inode, freed, begun)
