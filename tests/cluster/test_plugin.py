@@ -107,9 +107,9 @@ def test_fixtures_give_what_they_say_in_every_lineage_and_size(tmp_path: Path) -
         """
         hosts = set()
 
-        BOTH = ["RFC_V1", "RFC_V2"]
+        HUGE = ["RFC_V1", "RFC_V2", "IN_PLACE"]
 
-        @pytest.mark.gmem(lineages=BOTH, page_sizes=["4K", "2M"], pages=2)
+        @pytest.mark.gmem(lineages=HUGE, page_sizes=["4K", "2M"], pages=2)
         def test_all(gmem_audit, gmem_host, gmem_vm, gmem_inode, guest_memory,
                      gmem_lineage, gmem_page_size):
             hosts.add(gmem_host.run_dir)
@@ -133,7 +133,8 @@ def test_fixtures_give_what_they_say_in_every_lineage_and_size(tmp_path: Path) -
         """,
     )
     assert ended.status == 0, ended.out
-    names = [f"test_all[{x}-{y}]" for x in ("RFC_V1", "RFC_V2") for y in ("4K", "2M")]
+    lineages = ("RFC_V1", "RFC_V2", "IN_PLACE")
+    names = [f"test_all[{x}-{y}]" for x in lineages for y in ("4K", "2M")]
     others = ["test_starts_private[RFC_V2]", "test_default", "test_own_host"]
     assert ended.outcomes() == dict.fromkeys([*names, *others], "passed")
     assert ended.artifacts == []

@@ -52,6 +52,12 @@ CONFORMANCE: Final[Mapping[str, Mutant]] = {
         "        return _CONVERT.pack(self.offset, self.size, self.error_offset)\n",
         f"{_CASE}[C092-RFC_V2-4K-pin]",
     ),
+    "a punch frees what lies before a held page in every series": Mutant(
+        "gmem.guest_memfd.core.lineage",
+        "    require_punchable=require_unreferenced_if_huge,\n",
+        "    require_punchable=anything_is_freeable,\n",
+        f"{_CASE}[C122-IN_PLACE-2M-pin]",
+    ),
     "a successor forgets the request_ids that it finds": Mutant(
         "gmem.runtime.replies",
         '        client.entries[row["id"]] = _Entry(fingerprint, stored=row)\n',

@@ -183,19 +183,22 @@ def gmem_inode(
     request: pytest.FixtureRequest, gmem_vm: Vm, gmem_lineage: str, gmem_page_size: int
 ) -> Iterator[GuestMemfd]:
     """A guest_memfd that the host may touch, bound to slot 0 at gmem.testing's GPA."""
-    from gmem.testing.conformance.dialect import DIALECTS, create_flags  # noqa: PLC0415
+    from gmem.testing.conformance import dialect  # noqa: PLC0415
     from gmem.uapi.flags import KVM_MEM_GUEST_MEMFD  # noqa: PLC0415
 
     options = _options(request.node)
-    dialect = DIALECTS[gmem_lineage]
-    flags = dialect.private if options.get("private") else dialect.shared
-    if flags is None:
+    flags = dialect.DIALECTS[gmem_lineage].private if options.get("private") else None
+    if flags is None and options.get("private"):
         pytest.skip(f"{gmem_lineage} has no file that starts private and can be mapped")
     size = gmem_page_size * int(options.get("pages", 1))
     file = gmem_vm.create_guest_memfd(
-        size, create_flags(gmem_lineage, flags, gmem_page_size)
+        size,
+        dialect.create_flags(gmem_lineage, gmem_page_size, flags),
+        dialect.page_order(gmem_lineage, gmem_page_size),
     )
     try:
+        if flags is None:
+            dialect.share(gmem_lineage, gmem_page_size, gmem_vm, file)
         gmem_vm.set_user_memory_region2(
             slot=0,
             flags=KVM_MEM_GUEST_MEMFD,

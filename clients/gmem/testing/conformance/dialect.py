@@ -22,6 +22,7 @@ from gmem.uapi.flags import (
     GUEST_MEMFD_FLAG_MMAP,
     GUEST_MEMFD_FLAG_SUPPORT_SHARED,
     GUESTMEM_HUGE_SHIFT,
+    IN_PLACE_HUGE_PAGES,
     KVM_GMEM_CONVERT_FORMAT,
     KVM_GMEM_CONVERT_PRIVATE,
     KVM_GMEM_CONVERT_SHARED,
@@ -32,7 +33,7 @@ from gmem.uapi.flags import (
     KVM_SET_MEMORY_ATTRIBUTES2,
     VmType,
 )
-from gmem.uapi.pages import PAGE_SIZE
+from gmem.uapi.pages import PAGE_SIZE, order_of
 
 Convert: TypeAlias = Callable[[Vm, GuestMemfd, "Asked"], None]
 """Raises OSError, ConvertRefused where the kernel writes an error_offset."""
@@ -63,17 +64,22 @@ class Dialect:
     Flags of KVM_CREATE_GUEST_MEMFD: `shared` for a file that the host may map and touch
     (in RFC_V1 once it is bound), `private` for one that it may map and not yet touch,
     `plain` for one that it may not map; None where the lineage has no such file.
-    `in_use` is the errno of a conversion that somebody's use of a page forbids.
+    `huge` returns the flags for pages of a size, whose order is a field of its own
+    where the lineage `has_page_order`; a file of `huge_begins_private` pages cannot
+    begin `shared`, and is converted. `in_use` is the errno of a conversion that
+    somebody's use of a page forbids.
     """
 
     shared: int
     private: int | None
     plain: int | None
     huge: Callable[[int], int]
+    has_page_order: bool
     vm_type: VmType
     in_use: str
     keeps_contents: bool
     convert: Convert | None
+    huge_begins_private: bool = False
 
 
 def _attributes(vm: Vm, file: GuestMemfd, asked: Asked) -> None:
@@ -126,6 +132,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         huge=lambda size: (
             KVM_GUEST_MEMFD_HUGETLB | _log2(size) << KVM_GUEST_MEMFD_HUGE_SHIFT
         ),
+        has_page_order=False,
         vm_type=VmType.SW_PROTECTED,
         in_use="EINVAL",
         keeps_contents=False,
@@ -136,6 +143,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         private=GUEST_MEMFD_FLAG_SUPPORT_SHARED | GUEST_MEMFD_FLAG_INIT_PRIVATE,
         plain=0,
         huge=lambda size: GUEST_MEMFD_FLAG_HUGETLB | _log2(size) << GUESTMEM_HUGE_SHIFT,
+        has_page_order=False,
         vm_type=VmType.SW_PROTECTED,
         in_use="EAGAIN",
         keeps_contents=True,
@@ -145,7 +153,9 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         shared=GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
         private=GUEST_MEMFD_FLAG_MMAP,
         plain=0,
-        huge=_no_huge,
+        huge=lambda _: IN_PLACE_HUGE_PAGES,
+        has_page_order=True,
+        huge_begins_private=True,
         vm_type=VmType.SW_PROTECTED,
         in_use="EAGAIN",
         keeps_contents=True,
@@ -156,6 +166,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         private=GUEST_MEMFD_FLAG_MMAP,
         plain=0,
         huge=_no_huge,
+        has_page_order=False,
         vm_type=VmType.DEFAULT,
         in_use="",
         keeps_contents=True,
@@ -164,8 +175,33 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
 }
 
 
-def create_flags(lineage: str, flags: int, page_size: int) -> int:
-    """Return flags with the bits for pages of `page_size`."""
-    if page_size == PAGE_SIZE:
-        return flags
-    return flags | DIALECTS[lineage].huge(page_size)
+def create_flags(lineage: str, page_size: int, flags: int | None = None) -> int:
+    """Return flags with the bits for pages of `page_size`.
+
+    None: the flags of a file that the host may touch, once `share` has seen it.
+    """
+    dialect = DIALECTS[lineage]
+    if flags is None:
+        begins_private = _begins_private(dialect, page_size)
+        flags = dialect.private if begins_private else dialect.shared
+    assert flags is not None, (
+        "a lineage of which huge pages begin private has such flags"
+    )
+    return flags if page_size == PAGE_SIZE else flags | dialect.huge(page_size)
+
+
+def page_order(lineage: str, page_size: int) -> int:
+    """Return what the field `page_order` is for pages of `page_size`."""
+    return order_of(page_size) if DIALECTS[lineage].has_page_order else 0
+
+
+def share(lineage: str, page_size: int, vm: Vm, file: GuestMemfd) -> None:
+    """Have the host touch a new file: convert it where it could not begin shared."""
+    dialect = DIALECTS[lineage]
+    if _begins_private(dialect, page_size):
+        assert dialect.convert is not None
+        dialect.convert(vm, file, Asked(0, 0, file.size, private=False))
+
+
+def _begins_private(dialect: Dialect, page_size: int) -> bool:
+    return dialect.huge_begins_private and page_size > PAGE_SIZE

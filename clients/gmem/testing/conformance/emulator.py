@@ -93,7 +93,7 @@ _POLICIES: Final = {
 PAGE_SIZES: Final[Mapping[str, Sequence[int]]] = {
     RFC_V1: ALL_SIZES,
     RFC_V2: ALL_SIZES,
-    IN_PLACE: SMALL,
+    IN_PLACE: ALL_SIZES,
     MAINLINE: SMALL,
 }
 """What a host plays, each with the page sizes that a file of it may have."""
@@ -328,11 +328,13 @@ class EmulatedVm(Vm):
         self._given: dict[int, tuple[HasFileno, str]] = {}
         self._closed = False
 
-    def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
+    def create_guest_memfd(
+        self, size: int, flags: int, page_order: int = 0
+    ) -> GuestMemfd:
         """KVM_CREATE_GUEST_MEMFD."""
         self._kernel.going_on()
         create = self._kernel.vmm.create_guest_memfd
-        name = create(vm=self.name, size=size, flags=flags)
+        name = create(vm=self.name, size=size, flags=flags, page_order=page_order)
         return EmulatedMemfd(self._kernel, name, size)
 
     def set_user_memory_region2(

@@ -213,8 +213,11 @@ class KernelVm(Vm):
         """Return the descriptor."""
         return self._fd
 
-    def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
+    def create_guest_memfd(
+        self, size: int, flags: int, page_order: int = 0
+    ) -> GuestMemfd:
         """KVM_CREATE_GUEST_MEMFD."""
+        assert page_order == 0, f"no released kernel has the field: {page_order}"
         argument = bytearray(abi.CREATE_GUEST_MEMFD.pack(size & _U64, flags))
         fd = fcntl.ioctl(self._fd, abi.KVM_CREATE_GUEST_MEMFD, argument)
         return KernelMemfd(fd, size)

@@ -235,8 +235,10 @@ class Vm(ABC):
     """A file of KVM_CREATE_VM."""
 
     @abstractmethod
-    def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
-        """KVM_CREATE_GUEST_MEMFD, with the flag bits of the lineage."""
+    def create_guest_memfd(
+        self, size: int, flags: int, page_order: int = 0
+    ) -> GuestMemfd:
+        """KVM_CREATE_GUEST_MEMFD, with flag bits and fields of the lineage."""
 
     @abstractmethod
     def set_user_memory_region2(

@@ -17,6 +17,8 @@ from gmem.testing.conformance.dialect import (
     ConvertRefused,
     Dialect,
     create_flags,
+    page_order,
+    share,
 )
 from gmem.testing.conformance.guest import (
     Exit,
@@ -109,9 +111,9 @@ class Scene:
         """End everything, the last first."""
         self._stack.close()
 
-    def flags(self, flags: int) -> int:
-        """Return creation flags with the bits of the page size."""
-        return create_flags(self.lineage, flags, self.page_size)
+    def flags(self, flags: int | None = None) -> int:
+        """Return creation flags with the bits of the page size; None: see `memory`."""
+        return create_flags(self.lineage, self.page_size, flags)
 
     # Things.
 
@@ -122,12 +124,21 @@ class Scene:
 
     def memory(self, vm: Vm, pages: int = 1, flags: int | None = None) -> GuestMemfd:
         """Make a file of some pages; `flags` None: one that the host may touch."""
-        flags = self.flags(self.dialect.shared if flags is None else flags)
-        return self.created(vm, pages * self.page_size, flags)
+        file = self.created(vm, pages * self.page_size, self.flags(flags))
+        if flags is None:
+            share(self.lineage, self.page_size, vm, file)
+        return file
 
-    def created(self, vm: Vm, size: int, flags: int) -> GuestMemfd:
-        """KVM_CREATE_GUEST_MEMFD with exactly these arguments."""
-        return self.kept(vm.create_guest_memfd(size, flags))
+    def created(
+        self, vm: Vm, size: int, flags: int, order: int | None = None
+    ) -> GuestMemfd:
+        """KVM_CREATE_GUEST_MEMFD with exactly these arguments.
+
+        `order` None is that of the page size, where the lineage has the field.
+        """
+        if order is None:
+            order = page_order(self.lineage, self.page_size)
+        return self.kept(vm.create_guest_memfd(size, flags, order))
 
     def machine(
         self,

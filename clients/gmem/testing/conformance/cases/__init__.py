@@ -16,6 +16,7 @@ from gmem.testing.conformance.cases import (
     section_k,
     section_l,
     section_m,
+    section_n,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "section_k",
     "section_l",
     "section_m",
+    "section_n",
 ]

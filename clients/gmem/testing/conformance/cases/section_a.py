@@ -150,14 +150,14 @@ def punch_unaligned(scene: Scene) -> None:
 
 def two_files(scene: Scene) -> None:
     """Two files have sizes and inode numbers of their own."""
-    vm = scene.vm()
-    one = scene.created(vm, PAGE_SIZE, scene.dialect.shared)
+    vm, page = scene.vm(), scene.page_size
+    one = scene.memory(vm, 1)
     first = one.fstat()
-    two = scene.created(vm, 2 * PAGE_SIZE, scene.dialect.shared).fstat()
+    two = scene.memory(vm, 2).fstat()
     again = one.fstat()
-    scene.expect("fstat", "st_size of the first", PAGE_SIZE, first.st_size)
-    scene.expect("fstat", "st_size of the second", 2 * PAGE_SIZE, two.st_size)
-    scene.expect("fstat", "the first after the second", PAGE_SIZE, again.st_size)
+    scene.expect("fstat", "st_size of the first", page, first.st_size)
+    scene.expect("fstat", "st_size of the second", 2 * page, two.st_size)
+    scene.expect("fstat", "the first after the second", page, again.st_size)
     scene.expect("fstat", "st_ino of the first", first.st_ino, again.st_ino)
     same = "the same" if first.st_ino == two.st_ino else "another"
     scene.expect("fstat", "st_ino of the second", "another", same)
@@ -183,21 +183,26 @@ case("C014", lineages=SERIES)(two_files)
 _REPEATED: Final[Mapping[str, Body]] = {**BY_ITSELF, "C014": two_files}
 
 
-@case("C070", lineages=(MAINLINE, IN_PLACE), variants=tuple(_REPEATED))
+@case(
+    "C070",
+    lineages=(MAINLINE, IN_PLACE),
+    page_sizes=ALL_SIZES,
+    variants=tuple(_REPEATED),
+)
 def as_in_the_first_series(scene: Scene) -> None:
     """Lines 1 to 12 and 14 again."""
     _REPEATED[scene.variant](scene)
 
 
 @case("C013", lineages=SERIES, page_sizes=ALL_SIZES)
-@case("C069", lineages=(MAINLINE, IN_PLACE))
+@case("C069", lineages=(MAINLINE, IN_PLACE), page_sizes=ALL_SIZES)
 def sizes_below_a_page(scene: Scene) -> None:
     """Creating a file of 1 to 4095 bytes: EINVAL each."""
-    vm, flags = scene.vm(), scene.flags(scene.dialect.shared)
+    vm, flags = scene.vm(), scene.flags()
     # Every one of them once for 4K; the check of huge sizes is one of the same kind.
     sizes = range(1, PAGE_SIZE) if scene.page_size == PAGE_SIZE else (1, 2048, 4095)
     for size in sizes:
-        create = partial(vm.create_guest_memfd, size, flags)
+        create = partial(scene.created, vm, size, flags)
         scene.expect_call("KVM_CREATE_GUEST_MEMFD", f"size {size}", "EINVAL", create)
 
 

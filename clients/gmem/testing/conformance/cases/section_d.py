@@ -11,13 +11,22 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from gmem.testing.conformance.kvm import RFC_V1, RFC_V2, Cgroup, Feature, Pool
+from gmem.testing.conformance.kvm import (
+    IN_PLACE,
+    RFC_V1,
+    RFC_V2,
+    Cgroup,
+    Feature,
+    Pool,
+)
 from gmem.testing.conformance.outcomes import OK
 from gmem.testing.conformance.registry import HUGE, case
 from gmem.testing.conformance.scene import Scene
 from gmem.uapi.pages import SIZE_1G, SIZE_2M, format_size
 
 SERIES: Final = (RFC_V1, RFC_V2)
+WITH_RSVD: Final = (RFC_V2, IN_PLACE)
+"""A cgroup pays for reservations."""
 MADV_DONTNEED: Final = 4
 MADV_REMOVE: Final = 9
 Step = Callable[[], object]
@@ -134,14 +143,14 @@ for _row in H_ROWS:
         needs=(Feature.OWN_POOLS, Feature.HUGETLB_FILES),
     )(hugetlb_rows)
 for _row in G_ROWS:
-    case(_row, lineages=SERIES, page_sizes=HUGE, needs=(Feature.POOLS,))(
+    case(_row, lineages=(*SERIES, IN_PLACE), page_sizes=HUGE, needs=(Feature.POOLS,))(
         guest_memfd_rows
     )
 
 
 @case(
     "C045",
-    lineages=(RFC_V2,),
+    lineages=WITH_RSVD,
     page_sizes=HUGE,
     variants=("hugetlb", "guest_memfd"),
     needs=(Feature.OWN_POOLS, Feature.HUGETLB_FILES, Feature.CGROUPS),
@@ -156,7 +165,7 @@ def cgroup_rows(scene: Scene) -> None:
 
 @case(
     "C046",
-    lineages=(RFC_V2,),
+    lineages=WITH_RSVD,
     page_sizes=HUGE,
     variants=("allocated", "touched", "converted"),
     needs=(Feature.POOLS,),

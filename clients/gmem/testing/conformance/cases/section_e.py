@@ -180,8 +180,10 @@ def conversions(
     """Boot the test's VM: one file, bound by one or several memslots."""
     vm = scene.vm(VmType.SW_PROTECTED)
     chunk = aligned(DATA, max(SIZE_2M, scene.page_size))
-    flags = scene.flags(scene.dialect.shared) if flags is None else flags
-    file = scene.created(vm, vcpus * chunk, flags)
+    if flags is None:
+        file = scene.memory(vm, vcpus * chunk // scene.page_size)
+    else:
+        file = scene.created(vm, vcpus * chunk, flags)
     in_file = source in {IN_FILE, IN_PLACE}
     side: HasFileno = file if in_file else scene.memfd(file.size)
     size = file.size // slots

@@ -63,7 +63,12 @@ def single_flags(scene: Scene) -> None:
         scene.expect_call("KVM_CREATE_GUEST_MEMFD", f"flag bit {bit}", want, create)
 
 
-@case("C071", lineages=(*LATEST, RFC_V2), variants=("page", "all"))
+@case(
+    "C071",
+    lineages=(*LATEST, RFC_V2),
+    page_sizes=ALL_SIZES,
+    variants=("page", "all"),
+)
 def no_mmap_without_the_flag(scene: Scene) -> None:
     """A file that may not be mapped: mmap fails with ENODEV."""
     assert scene.dialect.plain is not None
@@ -96,7 +101,7 @@ def fill_and_punch(scene: Scene) -> None:
     fill(scene, window, 0x55)
 
 
-case("C073", lineages=LATEST)(fill_and_punch)
+case("C073", lineages=LATEST, page_sizes=ALL_SIZES)(fill_and_punch)
 case("C081", lineages=(RFC_V2,), page_sizes=ALL_SIZES)(fill_and_punch)
 
 
@@ -124,11 +129,11 @@ def private_from_the_start(scene: Scene) -> None:
     scene.expect("store", "starts private", SIGBUS, window.store(0, b"A"))
 
 
-case("C075", lineages=LATEST)(private_from_the_start)
+case("C075", lineages=LATEST, page_sizes=ALL_SIZES)(private_from_the_start)
 case("C082", lineages=(RFC_V2,), page_sizes=ALL_SIZES)(private_from_the_start)
 
 
-@case("C076", lineages=LATEST, needs=(Feature.NUMA,))
+@case("C076", lineages=LATEST, page_sizes=ALL_SIZES, needs=(Feature.NUMA,))
 def policies_are_kept(scene: Scene) -> None:
     """mbind of a range is what get_mempolicy says; policy 999 is EINVAL."""
     file = scene.memory(scene.vm(), PAGES)
@@ -139,28 +144,29 @@ def policies_are_kept(scene: Scene) -> None:
         words = f"{mode} {nodes:#b}"
         scene.expect("get_mempolicy", condition, f"{want[0]} {want[1]:#b}", words)
 
-    first = range(PAGE_SIZE)
+    page = scene.page_size
+    first = range(page)
     policy("never set", (MPOL_DEFAULT, 0))
     for mode, nodes in ((MPOL_INTERLEAVE, 0b11), (MPOL_BIND, 0b10)):
         file.mbind(window, mode, nodes, first)
         policy("set", (mode, nodes))
-    policy("another page", (MPOL_DEFAULT, 0), PAGE_SIZE)
+    policy("another page", (MPOL_DEFAULT, 0), page)
     file.mbind(window, MPOL_DEFAULT, 0, first)
     policy("reset", (MPOL_DEFAULT, 0))
     wrong = partial(file.mbind, window, MPOL_NONE, 0b1, first)
     scene.expect_call("mbind", "policy 999", "EINVAL", wrong)
 
 
-@case("C077", lineages=LATEST, needs=(Feature.NUMA,))
+@case("C077", lineages=LATEST, page_sizes=ALL_SIZES, needs=(Feature.NUMA,))
 def policies_place_pages(scene: Scene) -> None:
     """Pages land on the bound nodes; a later policy moves none, a punch does."""
     file = scene.machine(PAGES).file
-    window = scene.window(file)
-    offsets = range(0, file.size, PAGE_SIZE)
+    window, page = scene.window(file), scene.page_size
+    offsets = range(0, file.size, page)
 
     def bind(*nodes: int) -> None:
         for at, node in zip(offsets, nodes, strict=True):
-            file.mbind(window, MPOL_BIND, 1 << node, range(at, at + PAGE_SIZE))
+            file.mbind(window, MPOL_BIND, 1 << node, range(at, at + page))
 
     def nodes_are(condition: str, *want: int) -> None:
         # A load may map neighbours too: each page is written.

@@ -49,7 +49,7 @@ def neither_flag(scene: Scene) -> None:
 def sizes_that_are_no_multiple(scene: Scene) -> None:
     """Sizes 1 and 1 + half a page: EINVAL."""
     vm = scene.vm(VM_TYPES[scene.variant])
-    flags = scene.flags(scene.dialect.shared)
+    flags = scene.flags()
     for size in (1, 1 + scene.page_size // 2):
         create = partial(scene.created, vm, size, flags)
         scene.expect_call(CALL, "no multiple", "EINVAL", create)

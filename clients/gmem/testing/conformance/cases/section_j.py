@@ -15,7 +15,7 @@ from gmem.uapi.pages import PAGE_SIZE
 
 GUESTS: Final = (Feature.GUESTS,)
 KEEPING: Final = (RFC_V2, IN_PLACE)
-"""In-place conversion repeats the first of these lines."""
+"""In-place conversion repeats some of these lines, and the others hold there too."""
 PAGES: Final = 4
 TO_PRIVATE: Final = "convert to private"
 TO_SHARED: Final = "convert to shared"
@@ -149,12 +149,12 @@ for _number, _body in {
 case("C089", lineages=KEEPING, page_sizes=ALL_SIZES)(before_allocation)
 case(
     "C092",
-    lineages=(RFC_V2,),
+    lineages=KEEPING,
     page_sizes=ALL_SIZES,
     variants=("pin", "reference"),
     needs=(Feature.PINS,),
 )(held)
-case("C093", lineages=(RFC_V2,), page_sizes=ALL_SIZES)(punch_keeps_sharing)
+case("C093", lineages=KEEPING, page_sizes=ALL_SIZES)(punch_keeps_sharing)
 
 
 @case("C094", lineages=(RFC_V2,), page_sizes=ALL_SIZES, needs=GUESTS)
@@ -178,7 +178,7 @@ def attributes_have_no_say(scene: Scene) -> None:
         scene.expect("load", "attributes contradict, private", SIGBUS, died)
 
 
-@case("C096", lineages=(RFC_V2,), page_sizes=ALL_SIZES)
+@case("C096", lineages=KEEPING, page_sizes=ALL_SIZES)
 def punch_private(scene: Scene) -> None:
     """A private page that is allocated can be punched: 0."""
     machine = scene.machine(flags=scene.dialect.private)
@@ -190,7 +190,7 @@ def punch_private(scene: Scene) -> None:
 
 @case(
     "C097",
-    lineages=(RFC_V2,),
+    lineages=KEEPING,
     page_sizes=ALL_SIZES,
     variants=tuple(
         f"{kind}-{held}"

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from gmem.testing.conformance.guest import Load, MemoryFault
-from gmem.testing.conformance.kvm import LINEAGES, RFC_V1, Feature, KillPolicy
+from gmem.testing.conformance.guest import Load, MemoryFault, Store
+from gmem.testing.conformance.kvm import (
+    IN_PLACE,
+    LINEAGES,
+    RFC_V1,
+    RFC_V2,
+    Feature,
+    KillPolicy,
+)
 from gmem.testing.conformance.outcomes import OK, SIGBUS
-from gmem.testing.conformance.registry import case
+from gmem.testing.conformance.registry import HUGE, case
 from gmem.testing.conformance.scene import GPA, Machine, Scene
 from gmem.testing.conformance.toucher import Window
 from gmem.uapi.errors import Errno
@@ -95,3 +102,30 @@ def a_guest_touches_a_lost_page(scene: Scene) -> None:
     flags = KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
     want = MemoryFault(Errno.EHWPOISON, flags, GPA + BAD, PAGE_SIZE)
     scene.expect("KVM_RUN", "page with a memory error", want, left)
+
+
+@case(
+    "C124",
+    lineages=(RFC_V1, RFC_V2, IN_PLACE),
+    page_sizes=HUGE,
+    needs=(*ERRORS, Feature.GUESTS),
+)
+def a_guest_touches_a_lost_huge_page(scene: Scene) -> None:
+    """One frame of a private huge page is bad: all of it is EHWPOISON for the guest."""
+    machine, page = scene.machine(2), scene.page_size
+    machine.boot()
+    machine.convert(0, machine.file.size, private=True)
+    last = page - PAGE_SIZE
+    machine.guest(*(Store(GPA + at, b"A") for at in (0, last, page)))
+    failure = scene.kept(machine.file.memory_failure(BAD, KillPolicy.LATE))
+    for at in (0, BAD, last):
+        left = machine.first_exit(Load(GPA + at, 1))
+        flags = KVM_MEMORY_EXIT_FLAG_PRIVATE
+        want = MemoryFault(Errno.EHWPOISON, flags, GPA + at, PAGE_SIZE)
+        scene.expect("KVM_RUN", "huge page with a memory error", want, left)
+    (seen,) = machine.guest(Load(GPA + page, 1))
+    scene.expect("guest load", "the next huge page", b"A", seen.data)
+    scene.expect_call("unpoison", "in a file", OK, failure.unpoison)
+    for at in (0, last):
+        (seen,) = machine.guest(Load(GPA + at, 1))
+        scene.expect("guest load", "mended", b"A", seen.data)
