@@ -73,13 +73,11 @@ def _held(inode: Inode) -> PageSet:
 
 def _split_or_held(inode: Inode) -> list[int]:
     held = _held(inode)
-    found = []
-    for index in inode.filemap.present(inode.whole):
-        entry = inode.filemap.get(index)
-        assert entry is not None, index
-        if entry.split or held.any_in(inode.unit_of(index)):
-            found.append(index)
-    return found
+    return [
+        index
+        for index, entry in inode.filemap.entries(inode.whole)
+        if entry.split or held.any_in(inode.unit_of(index))
+    ]
 
 
 def _leave(inode: Inode, left: list[int], deferred: DeferredMerges) -> int | None:

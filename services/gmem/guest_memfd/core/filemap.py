@@ -73,12 +73,7 @@ class Filemap:
     def get(self, index: int) -> Entry | None:
         """Return the entry of the unit at `index`; None is a hole."""
         word = self._word(index)
-        if word == 0:
-            return None
-        pfn = Pfn((word >> _PFN_SHIFT) - 1)
-        node = NodeId((word >> _NODE_SHIFT) % _NODE_LIMIT)
-        folio = Folio(pfn, self.order, node)
-        return Entry(folio, bool(word & _SPLIT), bool(word & _ATTACHED))
+        return self._entry(word) if word else None
 
     def insert(self, index: int, folio: Folio) -> None:
         """Fill a hole with a whole folio, unattached."""
@@ -134,6 +129,11 @@ class Filemap:
         At most `limit` of them: ask again behind the last one.
         """
         return [index for index, _ in islice(self._walk(pages), limit)]
+
+    def entries(self, pages: PgRange) -> Iterator[tuple[int, Entry]]:
+        """Yield index and entry of each unit with a folio that touches `pages`."""
+        for index, word in self._walk(pages):
+            yield index, self._entry(word)
 
     def unattached(self, pages: PgRange) -> list[int]:
         """Return the indexes of units in `pages` whose folio no view can show."""
@@ -194,11 +194,11 @@ class Filemap:
 
         Reads every entry.
         """
-        entries = [self.get(index) for index in self.present(PgRange(0, self.nr_pages))]
-        split = sum(entry.split for entry in entries if entry is not None)
+        entries = [entry for _, entry in self.entries(PgRange(0, self.nr_pages))]
+        split = sum(entry.split for entry in entries)
         assert split == self.nr_split, (split, self.nr_split)
         assert len(entries) == self.nr_split + self.nr_whole, len(entries)
-        assert len({e.folio.pfn for e in entries if e is not None}) == len(entries)
+        assert len({entry.folio.pfn for entry in entries}) == len(entries)
         assert sum(self._used.values()) == len(entries)
 
     def _walk(self, pages: PgRange) -> Iterator[tuple[int, int]]:
@@ -219,6 +219,12 @@ class Filemap:
         if len(self._chunks) < last - first:
             return sorted(n for n in self._chunks if first <= n <= last)
         return [n for n in range(first, last + 1) if n in self._chunks]
+
+    def _entry(self, word: int) -> Entry:
+        pfn = Pfn((word >> _PFN_SHIFT) - 1)
+        node = NodeId((word >> _NODE_SHIFT) % _NODE_LIMIT)
+        folio = Folio(pfn, self.order, node)
+        return Entry(folio, bool(word & _SPLIT), bool(word & _ATTACHED))
 
     def _word(self, index: int) -> int:
         assert 0 <= index < self.nr_pages, index

@@ -188,8 +188,6 @@ class Inode:
 
     def _check_structure(self) -> None:
         """Assert that the views reach no whole folio that has a shared page."""
-        for index in self.filemap.present(self.whole):
-            entry = self.filemap.get(index)
-            assert entry is not None, index
+        for index, entry in self.filemap.entries(self.whole):
             overdue = not entry.split and self.wants_split(index)
             assert not (overdue and entry.attached), (index, entry)

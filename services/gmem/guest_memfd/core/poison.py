@@ -65,9 +65,7 @@ def pages_with_errors(inode: Inode, errors: Mapping[int, int]) -> PageSet:
     `errors` says, by frame, in how many pages from there on one may be.
     """
     bad = PageSet(len(inode.whole))
-    for index in inode.filemap.present(inode.whole) if errors else ():
-        entry = inode.filemap.get(index)
-        assert entry is not None, index
+    for index, entry in inode.filemap.entries(inode.whole) if errors else ():
         frames = inode.unit_of(index).shifted(entry.folio.pfn - index)
         for pfn, nr_pages in errors.items():
             common = PgRange(pfn, pfn + nr_pages).intersection(frames)

@@ -50,9 +50,7 @@ def reconcile(
     may use it already. No folio is attached afterwards.
     """
     used: set[int] = set()
-    for index in inode.filemap.present(inode.whole):
-        entry = inode.filemap.get(index)
-        assert entry is not None, index
+    for index, entry in list(inode.filemap.entries(inode.whole)):
         known = live.get(entry.folio.pfn)
         if known is None:
             inode.filemap.remove(index)
@@ -74,10 +72,7 @@ def reconcile(
 def strays(inode: Inode, live: Mapping[int, LiveFolio]) -> list[LiveFolio]:
     """Return what is out for an inode that rested, and that it knows nothing of."""
     known = {orphan.folio.pfn for orphan in inode.references.orphans}
-    for index in inode.filemap.present(inode.whole):
-        entry = inode.filemap.get(index)
-        assert entry is not None, index
-        known.add(entry.folio.pfn)
+    known |= {entry.folio.pfn for _, entry in inode.filemap.entries(inode.whole)}
     return [folio for pfn, folio in live.items() if pfn not in known]
 
 

@@ -104,8 +104,9 @@ class Memslot:
 
     def file_offset(self, gfn: int) -> int:
         """Translate a guest frame to the byte in the guest_memfd."""
-        assert gfn in self.gfns, (gfn, self.gfns)
-        pages = gfn - self.gfns.start
+        gfns = self.gfns
+        assert gfn in gfns, (gfn, gfns)
+        pages = gfn - gfns.start
         return (pages << PAGE_SHIFT) + self.region.guest_memfd_offset
 
 
@@ -139,7 +140,12 @@ class Memslots:
 
     def find(self, gfn: int) -> Memslot | None:
         """Return the memslot of a guest frame (gfn_to_memslot)."""
-        return next((slot for slot in self._slots.values() if gfn in slot.gfns), None)
+        address = gfn << PAGE_SHIFT
+        for slot in self._slots.values():
+            start = slot.region.guest_phys_addr
+            if start <= address < start + slot.region.memory_size:
+                return slot
+        return None
 
     def with_gmem(self, gfns: PgRange) -> Iterator[tuple[Memslot, PgRange]]:
         """Iterate over slots with guest_memfd, and their part of `gfns`, ascending."""
