@@ -27,6 +27,7 @@ from gmem.vmm.core.vm import Vm
 from tests.sim.host import Host
 
 _REACHABLE: Final = (PageState.OPEN, PageState.CLOSING)
+_VIEWS: Final = tuple(ViewKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Moment:
     def now(cls, host: Host) -> Moment:
         """Read the filemaps once for all checkers."""
         inodes = host.guest_memfd._inodes.values()
-        return cls(host, [(inode, list(_entries(inode))) for inode in inodes])
+        folios = [(inode, list(inode.filemap.entries(inode.whole))) for inode in inodes]
+        return cls(host, folios)
 
 
 def check(host: Host) -> None:
@@ -86,11 +88,12 @@ def every_folio_is_somewhere_once(moment: Moment) -> None:
     for pfn, (kind, number, handle) in places.items():
         if pfn not in owned or handle not in (None, owned[pfn]):
             host.world.broken(f"{pfn:#x} ({kind} {number}) is not its owner's")
-    # An unpin has the orphans that it frees in hand, one after the other.
-    unpins = any(task.name.startswith("unpin") for task in host.world.tasks.values())
-    if len(owned) > len(places) and not unpins:
-        lost = [hex(pfn) for pfn in owned if pfn not in places]
-        host.world.broken(f"folios {lost} are allocated and nowhere")
+    if len(owned) > len(places):
+        # An unpin has the orphans that it frees in hand, one after the other.
+        tasks = host.world.tasks.values()
+        if not any(task.name.startswith("unpin") for task in tasks):
+            lost = [hex(pfn) for pfn in owned if pfn not in places]
+            host.world.broken(f"folios {lost} are allocated and nowhere")
 
 
 def _awaiting_reconstruction(host: Host) -> Iterator[tuple[int, int, int]]:
@@ -179,7 +182,7 @@ def host_maps_only_faultable_pages(moment: Moment) -> None:
     host = moment.host
     for inode, _ in moment.folios:
         table = host.memory.tables.get(inode.number)
-        for view in ViewKind if table is not None else ():
+        for view in _VIEWS if table is not None else ():
             assert table is not None
             for (who, pgoff), frame in table.mapped[view].items():
                 state = table.views[view][pgoff]
@@ -272,6 +275,11 @@ def no_byte_survives_a_hole(moment: Moment) -> None:
 def faultability_is_total(moment: Moment) -> None:
     """Each page below i_size has exactly one value."""
     for inode, _ in moment.folios:
+        # Where the value flips says all of it, and seldom changes.
+        flips = list(inode.faultability._shared._flips)
+        if moment.host.flips.get(inode.number) == flips:
+            continue
+        moment.host.flips[inode.number] = flips
         at, last = 0, None
         for fragment in inode.faultability.runs(inode.whole):
             if fragment.pages.start != at or fragment.faultability is last:
@@ -342,14 +350,6 @@ def everything_is_at_rest(host: Host) -> None:
         host.vmm.get(name).stage2.check()
         if host.vmm.get(name).invalidation.in_progress:
             host.world.broken(f"{name}: a bracket was never closed")
-
-
-def _entries(inode: Inode) -> Iterator[tuple[int, Entry]]:
-    """Yield the folios of an inode; it is small."""
-    for index in range(0, len(inode.whole), 1 << inode.order):
-        entry = inode.filemap.get(index)
-        if entry is not None:
-            yield index, entry
 
 
 def _is_attaching(host: Host, inode: Inode) -> bool:

@@ -98,6 +98,8 @@ class Host:
         ] = lambda ranges, to, error: None
         # What the guest processes remember of stage 2: (VM, gfn) -> view.
         self.tlb: dict[tuple[str, int], ViewKind] = {}
+        # Where faultability flipped when a checker last looked, by inode.
+        self.flips: dict[int, list[int]] = {}
         # What is mapped where: by guest process and window; by the clients.
         self._windows: dict[tuple[str, int], Window] = {}
         self.client_views: dict[int, None] = {}
