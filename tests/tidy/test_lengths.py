@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,19 @@ FUNCTION_P90_MAX = 30
 type_of_function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def function_lines(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def function_lines(path: Path) -> list[tuple[int, str]]:
     """The length of each function without its docstring, and where it stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, type_of_function):
-            assert node.end_lineno is not None
-            lines = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
-            yield lines, f"{shown(path)}:{node.lineno} {node.name}"
+    return [
+        (_lines(node), f"{shown(path)}:{node.lineno} {node.name}")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, type_of_function)
+    ]
+
+
+def _lines(node: type_of_function) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1 - _docstring_lines(node)
 
 
 def _docstring_lines(node: type_of_function) -> int:
