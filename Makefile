@@ -19,6 +19,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 unexport PYTHONDONTWRITEBYTECODE
 # Two workers are what a small machine has; one world or cluster is one worker.
 WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 # How many seeds `make sim` runs, from which on, and for how long at most. A campaign:
 # make sim SEEDS=100000 FIRST_SEED=$RANDOM SIM_SECONDS=36000
 SEEDS ?= 1000
@@ -58,7 +59,8 @@ timeout --signal=ABRT --kill-after=20 $(2) \
 endef
 COVERAGE := --cov --cov-report=term --cov-report=xml:build/coverage/coverage.xml
 
-QUICK := tests/support tests/tidy tests/mutants tests/unit tests/contract
+# What takes long comes first, so that the workers end together.
+QUICK := tests/contract tests/unit tests/mutants tests/tidy tests/support
 SOURCES := protos/generate.py deploy services clients tests docs/examples
 
 # What people want
@@ -72,7 +74,7 @@ test: setup coverage sim model cluster conformance mutants ## every test: with b
 
 .PHONY: check
 check: format-check lint types layers protos-lint ## the gate for each commit
-	$(call pytest,check,900,-n $(WORKERS) $(QUICK) tests/sim --seeds 200 --first-seed 0)
+	$(call pytest,check,900,$(PARALLEL) tests/sim --seeds 200 --first-seed 0 $(QUICK))
 
 .PHONY: help
 help: ## this list
@@ -82,15 +84,15 @@ help: ## this list
 
 .PHONY: unit
 unit: setup ## does each file do what it says?
-	$(call pytest,unit,900,-n $(WORKERS) tests/unit)
+	$(call pytest,unit,900,$(PARALLEL) tests/unit)
 
 .PHONY: contract
 contract: setup ## does the wire change the meaning?
-	$(call pytest,contract,900,-n $(WORKERS) tests/contract)
+	$(call pytest,contract,900,$(PARALLEL) tests/contract)
 
 .PHONY: sim
 sim: setup ## does any interleaving break an invariant? SEEDS=1000 FIRST_SEED=0
-	$(call pytest,sim,$(SIM_SECONDS),-n $(WORKERS) tests/sim --seeds $(SEEDS) --first-seed $(FIRST_SEED))
+	$(call pytest,sim,$(SIM_SECONDS),$(PARALLEL) tests/sim --seeds $(SEEDS) --first-seed $(FIRST_SEED))
 
 .PHONY: model
 model: setup ## do the cores do what a small reference model does? STEPS=250000
@@ -120,7 +122,7 @@ fuzz-kernel: setup ## does the emulated host answer as this kernel? SECONDS=60
 
 .PHONY: tidy
 tidy: setup ## does the text keep its promises?
-	$(call pytest,tidy,400,-n $(WORKERS) tests/tidy)
+	$(call pytest,tidy,400,$(PARALLEL) tests/tidy)
 
 .PHONY: bench
 bench: setup ## how fast is it, and against what? BENCH="--row a,c --rounds 3"
@@ -130,7 +132,7 @@ bench: setup ## how fast is it, and against what? BENCH="--row a,c --rounds 3"
 .PHONY: coverage
 coverage: setup ## unit, contract and tidy, with branch coverage of the cores
 	@mkdir -p build/coverage
-	$(call pytest,covered,1200,-n $(WORKERS) $(COVERAGE) $(QUICK))
+	$(call pytest,covered,1200,$(PARALLEL) $(COVERAGE) $(QUICK))
 
 # Containers; docs/deploy.md
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 import structlog
 
 from gmem.runtime.backend import Backend
 from gmem.testing.watchdog import FuseWatchdog
+from gmem.uapi.lineage import Lineage
 from tests.sim.lineages import played
 from tests.support.backends import backend_of, parametrize
 from tests.support.requirements import require_fuse, require_root
@@ -19,6 +22,7 @@ TESTS = Path(__file__).parent
 # A test that serves FUSE has this long before its connections are aborted; less
 # than the timeout of a test, so that the hang ends with a reason.
 FUSE_BOUND_SECONDS = 60.0
+_SHARED_BY: Final = frozenset((*Backend, *Lineage))
 
 
 def pytest_configure() -> None:
@@ -54,9 +58,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever lies in these directories starts processes: nobody can forget to say."""
     for item in items:
+        path = str(item.path)
         for name in ("cluster", "compose"):
-            if TESTS / name in item.path.parents:
+            if path.startswith(f"{TESTS}/{name}/"):
                 item.add_marker(name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal tests that share a host, or histories, to one worker: each is made once."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = scope_of
+    return scheduling
+
+
+def scope_of(nodeid: str) -> str:
+    """Return what a test shares with others: its module, and a backend or lineage."""
+    path, _, name = nodeid.partition("::")
+    word = re.split(r"[\[\]-]", name + "[")[1]
+    return f"{path} {word}" if word in _SHARED_BY else path
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
