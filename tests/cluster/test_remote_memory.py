@@ -21,7 +21,7 @@ from gmem.ctl import launcher
 from gmem.ctl.directories import HostDirectory
 from gmem.ctl.state import HostState
 from gmem.runtime.backend import Backend
-from gmem.runtime.interceptors import GO_KEY
+from gmem.runtime.metadata import GO_KEY
 from gmem.uapi.errors import Reason
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M

@@ -24,7 +24,7 @@ import grpc
 
 from gmem.api.types.v1.types_pb2 import RequestId
 from gmem.runtime import status
-from gmem.runtime.interceptors import (
+from gmem.runtime.metadata import (
     EXPECT_INCARNATION_KEY,
     GO_KEY,
     INCARNATION_KEY,

@@ -23,6 +23,12 @@ from gmem.runtime import status
 from gmem.runtime.events import EventLog
 from gmem.runtime.journal import Journal
 from gmem.runtime.log import bound, logger
+from gmem.runtime.metadata import (
+    EXPECT_INCARNATION_KEY,
+    GO_KEY,
+    INCARNATION_KEY,
+    JOURNAL_KEY,
+)
 from gmem.runtime.replies import Replies
 from gmem.uapi.errors import (
     BadRequest,
@@ -31,19 +37,6 @@ from gmem.uapi.errors import (
     Reason,
     TransportError,
 )
-
-# Trailing metadata of every answer: one lifetime of the service. Not initial metadata,
-# which is a message of its own: 140 us of a call that takes 740 with it.
-INCARNATION_KEY = "gmem-incarnation"
-# The journal that keeps the replies, where the service has one: it may outlive many
-# incarnations, and a request may be repeated into any of them.
-JOURNAL_KEY = "gmem-journal"
-# Initial metadata of a call with a stream of requests: the first one is accepted, and
-# the others may come. Where it is missing the status comes next: grpc.aio loses the
-# status of a call that ends while something is being written to it.
-GO_KEY = "gmem-go"
-# Metadata of a repeated request: the journal, or else the lifetime, that it first met.
-EXPECT_INCARNATION_KEY = "gmem-expect-incarnation"
 
 _OURS = "/gmem.api."
 
