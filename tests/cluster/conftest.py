@@ -10,6 +10,7 @@ from tests.support.host_fixtures import (
     module_host,
     own_host,
 )
+from tests.support.ordinary_user import public_python, reachable_python
 from tests.support.view_fixtures import make_world, world
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "make_world",
     "module_host",
     "own_host",
+    "public_python",
+    "reachable_python",
     "world",
 ]

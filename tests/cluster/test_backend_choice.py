@@ -17,10 +17,8 @@ from gmem.guest_memfd.__main__ import EXIT_NO_KEEPER
 from gmem.runtime.backend import BACKEND_VARIABLE
 from tests.support.gmemctl import Ended, Gmemctl, gmemctl
 from tests.support.hosts import wait_until
-from tests.support.ordinary_user import NOBODY, reachable_python, status_of
+from tests.support.ordinary_user import NOBODY, status_of
 from tests.support.requirements import require_fuse, require_root
-
-__all__ = ["reachable_python"]
 
 SMALL = ("--nodes", "1", "--memory", "1G", "--pool", "2M:1")
 UNREACHABLE = 3

@@ -17,11 +17,9 @@ import pytest
 from gmem.ctl.launcher import log_lines
 from gmem.testing.watchdog import FuseWatchdog
 from tests.support.hosts import wait_until
-from tests.support.ordinary_user import ROOT, UserPlace, reachable_python, user_place
+from tests.support.ordinary_user import ROOT, UserPlace, user_place
 
 pytestmark = pytest.mark.fuse
-
-__all__ = ["reachable_python"]
 
 SMALL = ("--nodes", "1", "--memory", "6G", "--pool", "1G:2", "--pool", "2M:8")
 FUSE_BOUND_SECONDS = 90.0

@@ -24,28 +24,40 @@ from gmem.testing.conformance.toucher import Died
 from gmem.testing.plugin import GPA
 """
 LEAVING = """
+from gmem.testing import audit
+
 kept = []
+patient = audit.GONE_SECONDS_MAX
+
+@pytest.fixture(autouse=True)
+def patience():
+    audit.GONE_SECONDS_MAX = patient
+
+def leave(thing=None):
+    audit.GONE_SECONDS_MAX = 0.5  # It will not go.
+    kept.append(thing)
 
 def test_inode(gmem_audit, gmem_vm):
-    kept.append(gmem_vm.create_guest_memfd(4096, 0))
+    leave(gmem_vm.create_guest_memfd(4096, 0))
 
 def test_inode_is_there_and_is_not_mine(gmem_audit, gmem_host):
     kept.pop().close()
 
 def test_descriptor(gmem_audit):
-    kept.append(socket.socket())
+    leave(socket.socket())
 
 def test_process(gmem_audit):
-    kept.append(subprocess.Popen(["sleep", "60"]))
+    leave(subprocess.Popen(["sleep", "60"]))
 
 def test_file(gmem_audit, gmem_host):
     (gmem_host.run_dir / "mine").write_text("")
+    leave()
 
 def test_mount_and_socket(gmem_audit, gmem_host):
     there = gmem_host.run_dir / "mount"
     there.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "none", there], check=True)
-    kept.append(socket.socket(socket.AF_UNIX))
+    leave(socket.socket(socket.AF_UNIX))
     kept[-1].bind(str(gmem_host.run_dir / "mine.sock"))
 
 def test_nothing(gmem_audit, gmem_host, gmem_inode, guest_memory):
@@ -53,7 +65,7 @@ def test_nothing(gmem_audit, gmem_host, gmem_inode, guest_memory):
 
 def test_tidy_up(gmem_host):
     subprocess.run(["umount", gmem_host.run_dir / "mount"], check=True)
-    for thing in kept:
+    for thing in filter(None, kept):
         thing.kill() if hasattr(thing, "kill") else thing.close()
         thing.wait() if hasattr(thing, "wait") else None
     (gmem_host.run_dir / "mine.sock").unlink()

@@ -9,11 +9,9 @@ import pytest
 from gmem.uapi.errors import Contended
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 from tests.support.hosts import SIGBUS, Host, new_inode, running_host, wait_until
-from tests.support.ordinary_user import NOBODY, reachable_python, status_of
+from tests.support.ordinary_user import NOBODY, status_of
 
 pytestmark = pytest.mark.fuse
-
-__all__ = ["reachable_python"]
 
 
 @pytest.fixture

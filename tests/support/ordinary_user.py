@@ -28,37 +28,73 @@ ROOT: Final = Path(__file__).parents[2]
 FUSE_DEVICE: Final = os.makedev(10, 229)
 GONE_SECONDS_MAX: Final = 20.0
 ANSWER_SECONDS_MAX: Final = 100.0
+LOADED: Final = (
+    "gmem.ctl.main",
+    "gmem.ctl.demo.command",
+    "gmem.ctl.demo.victim",
+    "gmem.device",
+    "gmem.guest_memfd.__main__",
+    "gmem.host_allocator.__main__",
+    "gmem.keeper.__main__",
+    "gmem.memory",
+    "gmem.vmm.__main__",
+    "gmem.vmm.guest.__main__",
+    "tests.support.memory_client",
+)
+"""What nobody's processes load."""
 PROGRAMS: Final = ("fusermount3", "setpriv", "unshare", "nsenter")
+
+
+@pytest.fixture(scope="session")
+def public_python() -> Iterator[dict[str, str]]:
+    """What an interpreter needs that everybody may run; empty where ours is one.
+
+    Where it lies in somebody's home it is shown below a directory of its own, and what
+    it loads is compiled there: who may not write that down compiles all of it each
+    time, which takes a service three times as long as its start.
+    """
+    require_root()
+    if _nobody_can_run(sys.executable):
+        yield {}
+        return
+    place, bytecode = (Path(f"/tmp/{kind}-{os.getpid()}") for kind in ("gpy", "gpyc"))
+    for made in (place, bytecode):
+        made.mkdir(mode=0o755)
+    subprocess.run(["mount", "--bind", sys.base_prefix, place], check=True)
+    try:
+        paths = [str(ROOT / part) for part in ("protos", "services", "clients")]
+        paths += [path for path in sys.path if path.endswith("site-packages")]
+        name = Path(os.path.realpath(sys.executable)).name
+        python = {
+            "executable": str(place / "bin" / name),
+            "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]),
+            # Its own, not that of a distribution's Python of the same version.
+            "LD_LIBRARY_PATH": str(place / "lib"),
+            "PYTHONPYCACHEPREFIX": str(bytecode),
+        }
+        assert _nobody_can_run(python["executable"])
+        subprocess.run(
+            [python["executable"], "-c", f"import {', '.join(LOADED)}"],
+            env=os.environ | python,
+            check=True,
+        )
+        yield python
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+        place.rmdir()
+        shutil.rmtree(bytecode)
 
 
 @pytest.fixture
 def reachable_python(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """Have services started by an interpreter that everybody may run.
-
-    Where it lies in somebody's home it is shown below a directory of its own.
-    """
-    require_root()
-    if _nobody_can_run(sys.executable):
-        yield
-        return
-    place = Path(f"/tmp/gpy-{os.getpid()}")
-    place.mkdir(mode=0o755)
-    subprocess.run(["mount", "--bind", sys.base_prefix, place], check=True)
-    try:
-        name = Path(os.path.realpath(sys.executable)).name
-        monkeypatch.setattr(sys, "executable", str(place / "bin" / name))
-        paths = [str(ROOT / part) for part in ("protos", "services", "clients")]
-        paths += [path for path in sys.path if path.endswith("site-packages")]
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*paths, str(ROOT)]))
-        # Its own, not that of a distribution's Python of the same version.
-        monkeypatch.setenv("LD_LIBRARY_PATH", str(place / "lib"))
-        assert _nobody_can_run(sys.executable)
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
-        place.rmdir()
+    public_python: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Have services started by an interpreter that everybody may run."""
+    for name, value in public_python.items():
+        if name == "executable":
+            monkeypatch.setattr(sys, "executable", value)
+        else:
+            monkeypatch.setenv(name, value)
 
 
 def status_of(pid: int) -> dict[str, str]:
@@ -104,7 +140,7 @@ class UserPlace:
             "XDG_RUNTIME_DIR": str(self.runtime),
             "PATH": "/usr/bin:/bin",
         }
-        given = ("PYTHONPATH", "LD_LIBRARY_PATH")
+        given = ("PYTHONPATH", "LD_LIBRARY_PATH", "PYTHONPYCACHEPREFIX")
         usual |= {name: os.environ[name] for name in given if name in os.environ}
         return usual | more
 
