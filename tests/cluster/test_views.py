@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +109,20 @@ def test_revocation_reaches_every_process_and_keeps_dirty_bytes(world: World) ->
     assert two.ask("load", args=[63 * PAGE, 5]) == "dirty"
     counted = world.statistics()
     assert (counted["syncs"], counted["writes_to_closed"]) == (1, 0)
+
+
+def test_dirty_bytes_come_back_in_large_pieces(world: World) -> None:
+    client = world.client(world.add(size=MIB2, page_size=MIB2), length=MIB2)
+    client.ask("fill", args=[0, MIB2, "dirty"])
+    revoke(world, 0, 512)
+    counted = world.statistics()
+    assert counted["pages_written"] >= 512
+    # A request carries what lies together in the file: at least half of its limit.
+    assert counted["pages_written"] >= 128 * counted["writes"]
+    # Readahead does not, where one page may refuse all.
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    (ours,) = [line for line in mounts if f" {world.dir} " in line]
+    assert f"max_read={32 * PAGE}" in ours
 
 
 def test_no_store_is_lost_under_constant_revocation(world: World) -> None:

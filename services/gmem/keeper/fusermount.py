@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from gmem.keeper.mounts import SUBTYPE, mounted_at
+from gmem.runtime.fusewire import MAX_READ
 
 PROGRAM: Final = "fusermount3"
 POINT_NAME: Final = "mnt"
@@ -29,7 +30,7 @@ CONFIGURATION: Final = Path("/etc/fuse.conf")
 
 _OPTIONS: Final = (
     *("rw", "nosuid", "nodev", "noexec", f"subtype={SUBTYPE}", f"fsname={SUBTYPE}"),
-    f"max_read={1 << 20}",
+    f"max_read={MAX_READ}",
 )
 
 

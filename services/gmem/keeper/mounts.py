@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+from gmem.runtime.fusewire import MAX_READ
+
 SUBTYPE: Final = "gmem"
 """The mounts of this project show as file system type `fuse.gmem`."""
 
@@ -47,7 +49,7 @@ def mount_detached(fuse_fd: int) -> int:
         "rootmode": "40000",
         "user_id": str(os.getuid()),
         "group_id": str(os.getgid()),
-        "max_read": str(1 << 20),
+        "max_read": str(MAX_READ),
     }
     try:
         for key, value in options.items():

@@ -22,9 +22,13 @@ ROOT_ID: Final = 1
 INTERNAL_FH: Final = 1 << 62
 # Bit 63 of `unique` marks a request that was sent again (RESEND).
 UNIQUE_RESEND: Final = 1 << 63
-MAX_PAGES: Final = 32
+# Of any request; the kernel lowers it to its own limit (fs.fuse.max_pages_limit).
+MAX_PAGES: Final = 256
 MAX_WRITE: Final = MAX_PAGES << 12
 MAX_READAHEAD: Final = 1 << 20
+# An option of the mount. Readahead comes in pieces of this: one refused page among it
+# costs 32 single READs and not 256.
+MAX_READ: Final = 32 << 12
 # The largest request: a WRITE of MAX_WRITE bytes behind its headers, rounded up. The
 # kernel refuses a read(2) with a smaller buffer.
 BUFFER_BYTES: Final = MAX_WRITE + (1 << 12)
@@ -181,10 +185,9 @@ def nodeid_of(ino: int, view: int) -> int:
 
 
 def answer_init(body: memoryview) -> InitReply:
-    """Answer INIT: no WRITEBACK_CACHE, readahead of 1 MiB in pieces of 32 pages.
+    """Answer INIT: readahead and WRITEs of 1 MiB, and no WRITEBACK_CACHE.
 
-    Pieces, so that one refused page among a readahead costs 32 single READs and not
-    256; no WRITEBACK_CACHE, because then a short answer would read as zeros.
+    With that a short answer would read as zeros.
     """
     _major, minor, _readahead, low, high = INIT_IN.unpack_from(body)
     offered = low | high << 32 if low & InitFlag.INIT_EXT else low

@@ -47,7 +47,7 @@ def test_init_takes_what_it_wants_of_what_is_offered_and_never_writeback_cache()
     fields = wire.INIT_OUT.unpack(reply.body)
     assert fields[:3] == (7, 45, 1 << 20)
     assert not fields[3] & 1 << 16, "WRITEBACK_CACHE"
-    assert fields[8] == 32, "max_pages"
+    assert (fields[6], fields[8]) == (1 << 20, 256), "max_write, max_pages"
     assert fields[12] == wire.REQUEST_TIMEOUT
 
 
