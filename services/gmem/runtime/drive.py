@@ -6,7 +6,9 @@ The rules (V2, V7 and V9 of the design):
   mutex is never held across an effect.
 * *Local* effects are performed by that thread, *blocking* ones too where it may sleep.
   The first *remote* effect, and a lock that is taken, hand the operation over to the
-  loop, which then finishes it: blocking effects go to worker threads from there.
+  loop. From there a blocking effect takes it to a worker thread, which goes on until
+  the loop is needed again. What a worker started goes on in a worker when its lock is
+  granted: no thread waits for a lock.
 * Locks are core state; this file only wakes the next in line, first come first served.
 * Started is finished: a caller that goes away never stops an operation half-way.
 
@@ -24,6 +26,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -35,7 +38,20 @@ E = TypeVar("E", bound=Effect[Any])
 
 Mutex: TypeAlias = AbstractContextManager[object]
 Done: TypeAlias = Callable[["Future[T]"], None]
-_Answer: TypeAlias = Callable[[], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocking:
+    """An effect that one of some threads performs: it may sleep in the kernel."""
+
+    effect: Effect[Any]
+    handler: Callable[[Any], object]
+    workers: Callable[[], Executor | None]
+
+
+_Remote: TypeAlias = Callable[[], Awaitable[Any]]
+_Pending: TypeAlias = "Future[Ticket] | _Blocking | _Remote"
+"""What an operation waits for: a lock, a thread that may sleep, somebody else."""
 
 
 async def drive(op: Op[T], perform: Callable[[Effect[Any]], Awaitable[Any]]) -> T:
@@ -65,7 +81,10 @@ class Performer:
     def __init__(self) -> None:
         """Start empty; a type is registered once."""
         self._local: dict[type[Effect[Any]], Callable[[Any], object]] = {}
-        self._blocking: dict[type[Effect[Any]], Callable[[Any], object]] = {}
+        self._blocking: dict[
+            type[Effect[Any]],
+            tuple[Callable[[Any], object], Callable[[], Executor | None]],
+        ] = {}
         self._remote: dict[type[Effect[Any]], Callable[[Any], Awaitable[object]]] = {}
 
     def register_local(self, kind: type[E], handler: Callable[[E], object]) -> None:
@@ -89,15 +108,10 @@ class Performer:
         """Answer `kind` in a thread that may sleep in the kernel.
 
         That is the one that has the operation, or one of `workers()` where the loop has
-        it (None: the loop's own).
+        it (None: the loop's own), which then goes on with it.
         """
-
-        async def in_a_thread(effect: E) -> object:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(workers(), handler, effect)
-
-        self.register_remote(kind, in_a_thread)
-        self._blocking[kind] = handler
+        self._require_new(kind)
+        self._blocking[kind] = handler, workers
 
     def local(
         self, effect: Effect[Any], *, may_sleep: bool = False
@@ -105,8 +119,16 @@ class Performer:
         """Return who answers `effect` in this very thread, or None."""
         handler = self._local.get(type(effect))
         if handler is None and may_sleep:
-            return self._blocking.get(type(effect))
+            blocking = self._blocking.get(type(effect))
+            return None if blocking is None else blocking[0]
         return handler
+
+    def elsewhere(self, effect: Effect[Any]) -> _Blocking | _Remote:
+        """Return who else answers `effect`."""
+        blocking = self._blocking.get(type(effect))
+        if blocking is not None:
+            return _Blocking(effect, *blocking)
+        return partial(self.remote(effect), effect)
 
     def remote(self, effect: Effect[Any]) -> Callable[[Any], Awaitable[object]]:
         """Return the remote handler; an effect nobody answers is our bug."""
@@ -114,8 +136,8 @@ class Performer:
         return self._remote[type(effect)]
 
     def _require_new(self, kind: type[Effect[Any]]) -> None:
-        assert kind not in self._local, kind
-        assert kind not in self._remote, kind
+        for table in (self._local, self._blocking, self._remote):
+            assert kind not in table, kind
 
 
 class Runner:
@@ -135,7 +157,7 @@ class Runner:
         # held while anything else happens. Waiting itself is per lock.
         self._queues = threading.Lock()
         self._waiting: dict[Ticket, Future[Ticket]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._unfinished: set[asyncio.Future[Any]] = set()
 
     async def run(self, op: Op[T], mutex: Mutex | None = None) -> T:
         """Run `op` from the loop; a cancelled caller leaves it running (V9)."""
@@ -144,20 +166,23 @@ class Runner:
     def submit(self, op: Op[T], mutex: Mutex | None = None) -> asyncio.Future[T]:
         """Start `op` from the loop; it may have ended when this returns."""
         assert asyncio.get_running_loop() is self._loop
-        done = _uncancellable(Future[T]())
-        self._start(op, mutex, done, self._continue)
-        return asyncio.wrap_future(done)
+        run = _Run(op, mutex)
+        self._go_on(run, self._continue)
+        return asyncio.wrap_future(run.done)
 
     async def run_in_worker(
         self, op: Op[T], mutex: Mutex | None, workers: Executor
     ) -> T:
-        """As `run`, but one of `workers` starts it: for many blocking effects."""
-        done = _uncancellable(Future[T]())
-        context = copy_context()
-        start = partial(self._start, may_sleep=True)
-        work = partial(context.run, start, op, mutex, done, self._hand_over)
-        self._keep(self._loop.create_task(self._worked(workers, work, done)))
-        return await asyncio.shield(asyncio.wrap_future(done))
+        """As `run`, but one of `workers` carries it out: for many blocking effects.
+
+        One of them goes on when a lock is granted, too; the loop has only the remote
+        effects, and what comes after them up to the next blocking one.
+        """
+        run = _Run(op, mutex, workers)
+        ended = asyncio.wrap_future(run.done)
+        self._keep(ended)
+        self._go_on_in_worker(run)
+        return await asyncio.shield(ended)
 
     def start_from_thread(
         self,
@@ -170,79 +195,105 @@ class Runner:
         """Start `op` in the calling thread; `done` gets the finished future.
 
         `done` runs in the thread that ends the operation: this one, before the call
-        returns, or the loop's. It must not block. `future.result()` returns the
+        returns, or any other. It must not block. `future.result()` returns the
         operation's value or raises its error. With `may_sleep` the thread performs
         blocking effects as well.
         """
-        future = _uncancellable(Future[T]())
-        future.add_done_callback(done)
-        self._start(op, mutex, future, self._hand_over, may_sleep=may_sleep)
+        run = _Run(op, mutex)
+        run.done.add_done_callback(done)
+        self._go_on(run, self._hand_over, may_sleep=may_sleep)
 
     async def drain(self, seconds: float) -> int:
         """Wait until what was started is finished; return how many did not."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
-        return len(self._tasks)
+        if self._unfinished:
+            await asyncio.wait(self._unfinished, timeout=seconds)
+        return len(self._unfinished)
 
-    def _start(
+    # Where an operation goes on: in this thread as far as it gets, then elsewhere.
+
+    def _go_on(
         self,
-        op: Op[T],
-        mutex: Mutex | None,
-        done: Future[T],
-        go_on: Callable[[_Stepper[T], _Answer, Future[T]], None],
+        run: _Run[T],
+        hand_over: Callable[[_Run[T], _Pending], None],
         *,
         may_sleep: bool = False,
     ) -> None:
-        stepper = _Stepper(op, mutex if mutex is not None else nullcontext())
+        """Advance in this thread; `hand_over` what somebody else must answer."""
         try:
-            answer = self._advance(stepper, may_sleep=may_sleep)
-            if answer is not None:
-                go_on(stepper, answer, done)
-                return
+            pending = self._advance(run, may_sleep=may_sleep)
+            if pending is not None:
+                hand_over(run, pending)
         except Exception as error:  # noqa: BLE001 - goes to whoever asked
-            self._fail(done, error)
-        else:
-            done.set_result(stepper.value)
+            self._fail(run.done, error)
 
-    def _hand_over(
-        self, stepper: _Stepper[T], answer: _Answer, done: Future[T]
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._continue, stepper, answer, done)
+    def _go_on_in_worker(self, run: _Run[T]) -> None:
+        """Have one of the run's workers go on; the loop, where they have ended."""
+        assert run.workers is not None
+        go_on = partial(self._go_on, may_sleep=True)
+        context = copy_context()
+        try:
+            run.workers.submit(context.run, go_on, run, self._leave_worker)
+        except KernelError:
+            # They have ended. The operation releases what it holds all the same.
+            self._hand_over(run, None)
 
-    def _continue(self, stepper: _Stepper[T], answer: _Answer, done: Future[T]) -> None:
-        self._keep(self._loop.create_task(self._finish(stepper, answer, done)))
+    def _leave_worker(self, run: _Run[T], pending: _Pending) -> None:
+        """Wait for a lock without a thread; all else is the loop's."""
+        if not isinstance(pending, Future):
+            self._hand_over(run, pending)
+            return
 
-    def _keep(self, task: asyncio.Task[Any]) -> None:
-        """Have a stop wait for a task."""
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        def granted(ticket: Future[Ticket]) -> None:
+            # In the thread that released the lock, which is not to do our work.
+            run.reply(ticket.result())
+            self._go_on_in_worker(run)
 
-    async def _worked(
-        self, workers: Executor, work: Callable[[], None], done: Future[T]
-    ) -> None:
-        """Last until an operation that a worker starts has ended."""
-        await self._loop.run_in_executor(workers, work)
-        ended = asyncio.wrap_future(done)
-        await asyncio.wait([ended])
-        # An error goes to whoever asked; one that nobody looks at here is logged.
-        ended.exception()
+        pending.add_done_callback(granted)
 
-    async def _finish(
-        self, stepper: _Stepper[T], answer: _Answer, done: Future[T]
-    ) -> None:
+    def _hand_over(self, run: _Run[T], pending: _Pending | None) -> None:
+        self._loop.call_soon_threadsafe(self._continue, run, pending)
+
+    def _continue(self, run: _Run[T], pending: _Pending | None) -> None:
+        self._keep(self._loop.create_task(self._finish(run, pending)))
+
+    def _keep(self, unfinished: asyncio.Future[Any]) -> None:
+        """Have a stop wait for it."""
+        self._unfinished.add(unfinished)
+        unfinished.add_done_callback(self._unfinished.discard)
+
+    async def _finish(self, run: _Run[T], pending: _Pending | None) -> None:
         """Alternate answers and steps until the operation has ended."""
         try:
-            pending: _Answer | None = answer
+            if pending is None:
+                pending = self._advance(run)
             while pending is not None:
                 try:
-                    stepper.reply(await pending())
+                    if isinstance(pending, _Blocking):
+                        in_worker = self._in_worker(run, pending)
+                    else:
+                        in_worker = None
+                        run.reply(await _answer_to(pending))
                 except Exception as error:  # noqa: BLE001 - thrown into the op
-                    stepper.throw(error)
-                pending = self._advance(stepper)
+                    in_worker = None
+                    run.throw(error)
+                pending = self._advance(run) if in_worker is None else await in_worker
         except Exception as error:  # noqa: BLE001 - goes to whoever asked
-            self._fail(done, error)
-        else:
-            done.set_result(stepper.value)
+            self._fail(run.done, error)
+
+    def _in_worker(
+        self, run: _Run[T], blocking: _Blocking
+    ) -> asyncio.Future[_Pending | None]:
+        """Have a worker perform an effect, and go on as far as it gets."""
+
+        def perform_and_advance() -> _Pending | None:
+            try:
+                run.reply(blocking.handler(blocking.effect))
+            except Exception as error:  # noqa: BLE001 - thrown into the op
+                run.throw(error)
+            return self._advance(run, may_sleep=True)
+
+        work = partial(copy_context().run, perform_and_advance)
+        return self._loop.run_in_executor(blocking.workers(), work)
 
     def _fail(self, done: Future[T], error: Exception) -> None:
         theirs = isinstance(error, KernelError | TransportError)
@@ -250,46 +301,47 @@ class Runner:
             self._on_bug(error)
         done.set_exception(error)
 
-    def _advance(
-        self, stepper: _Stepper[T], *, may_sleep: bool = False
-    ) -> _Answer | None:
-        """Step and answer here; return who else must answer, None at the end."""
-        while (effect := stepper.step()) is not None:
+    # Stepping.
+
+    def _advance(self, run: _Run[T], *, may_sleep: bool = False) -> _Pending | None:
+        """Step and answer here; return what else must be answered, None at the end."""
+        while (effect := run.step()) is not None:
             try:
-                answer = self._answer(stepper, effect, may_sleep=may_sleep)
+                pending = self._answer(run, effect, may_sleep=may_sleep)
             except Exception as error:  # noqa: BLE001 - thrown into the op
-                stepper.throw(error)
+                run.throw(error)
             else:
-                if answer is not None:
-                    return answer
+                if pending is not None:
+                    return pending
+        run.end()
         return None
 
     def _answer(
-        self, stepper: _Stepper[T], effect: Effect[Any], *, may_sleep: bool
-    ) -> _Answer | None:
+        self, run: _Run[T], effect: Effect[Any], *, may_sleep: bool
+    ) -> _Pending | None:
         handler = self._performer.local(effect, may_sleep=may_sleep)
         if handler is not None:
-            stepper.reply(handler(effect))
+            run.reply(handler(effect))
             return None
         match effect:
             case Acquire(lock=lock, mode=mode):
-                return self._acquire(stepper, lock, mode)
+                return self._acquire(run, lock, mode)
             case Release(lock=lock, ticket=ticket):
                 self._release(lock, ticket)
-                stepper.reply(None)
+                run.reply(None)
                 return None
             case _:
-                return partial(self._performer.remote(effect), effect)
+                return self._performer.elsewhere(effect)
 
-    def _acquire(self, stepper: _Stepper[T], lock: Lock, mode: Mode) -> _Answer | None:
+    def _acquire(self, run: _Run[T], lock: Lock, mode: Mode) -> Future[Ticket] | None:
         with self._queues:
             # Queued here, by the asking thread: a hand-over must not lose its place.
             ticket = lock.request(mode)
             if not ticket.granted:
                 granted: Future[Ticket] = Future()
                 self._waiting[ticket] = granted
-                return partial(_wait_for, granted)
-        stepper.reply(ticket)
+                return granted
+        run.reply(ticket)
         return None
 
     def _release(self, lock: Lock, ticket: Ticket) -> None:
@@ -300,14 +352,10 @@ class Runner:
             future.set_result(next_ticket)
 
 
-def _uncancellable(future: Future[T]) -> Future[T]:
-    """Mark as running: a cancelled waiter must not take the result away (V9)."""
-    future.set_running_or_notify_cancel()
-    return future
-
-
-async def _wait_for(granted: Future[Ticket]) -> Ticket:
-    return await asyncio.wrap_future(granted)
+async def _answer_to(pending: Future[Ticket] | _Remote) -> object:
+    if isinstance(pending, Future):
+        return await asyncio.wrap_future(pending)
+    return await pending()
 
 
 class _Stepper(Generic[T]):
@@ -345,3 +393,25 @@ class _Stepper(Generic[T]):
         """What the operation returned."""
         assert self._value, "the operation has not ended"
         return self._value[0]
+
+
+class _Run(_Stepper[T]):
+    """An operation on its way: who hears of its end, and who carries it out.
+
+    `workers` go on when it is granted a lock; without them the loop does.
+    """
+
+    __slots__ = ("done", "workers")
+
+    def __init__(
+        self, op: Op[T], mutex: Mutex | None, workers: Executor | None = None
+    ) -> None:
+        super().__init__(op, mutex if mutex is not None else nullcontext())
+        self.workers = workers
+        self.done: Future[T] = Future()
+        # As running: a cancelled waiter must not take the result away (V9).
+        self.done.set_running_or_notify_cancel()
+
+    def end(self) -> None:
+        """Tell whoever waits what the operation returned."""
+        self.done.set_result(self.value)

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from gmem.effects import (
     holding,
     perform,
 )
+from gmem.guest_memfd.view.revokers import Revokers
 from gmem.runtime.drive import Performer, Runner, drive
-from gmem.uapi.errors import Exhausted, Reason, TransportError
+from gmem.uapi.errors import Exhausted, InUse, Reason, TransportError
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,12 @@ def in_thread(work: Any, name: str = "dispatcher") -> threading.Thread:
     thread = threading.Thread(target=work, name=name)
     thread.start()
     return thread
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 async def test_drive_answers_each_effect_and_returns_the_value() -> None:
@@ -239,6 +246,57 @@ async def test_an_operation_that_a_worker_has_outlives_its_caller(world: World) 
 
         world.gate.set()
         assert await world.runner.drain(5) == 0
+
+
+async def test_a_worker_goes_on_when_the_lock_is_free_and_none_waits_for_it(
+    world: World,
+) -> None:
+    lock = Lock("invalidate_lock")
+    held = await world.runner.run(perform(Acquire(lock, Mode.EXCLUSIVE)))
+
+    def op() -> Op[str]:
+        body = perform(Add(1))
+        yield from holding(lock, Mode.EXCLUSIVE, body)
+        return (yield from perform(Sleep()))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="worker") as workers:
+        run = world.runner.run_in_worker
+        waiting = [asyncio.create_task(run(op(), None, workers)) for _ in range(3)]
+        await until(lambda: len(lock.queue) == len(waiting))
+        # The only worker is free.
+        assert await run(perform(Sleep()), None, workers) == "worker_0"
+
+        await world.runner.run(perform(Release(lock, held)))
+        assert await asyncio.gather(*waiting) == ["worker_0"] * 3
+    assert world.threads["local"] == ["worker_0"] * 3
+    assert lock.idle
+
+
+async def test_workers_that_have_ended_leave_no_lock_behind(world: World) -> None:
+    lock = Lock("invalidate_lock")
+    held = await world.runner.run(perform(Acquire(lock, Mode.EXCLUSIVE)))
+    workers = Revokers(1, ())
+    world.performer.register_blocking(Nobody, lambda _: None, lambda: workers)
+    op = holding(lock, Mode.EXCLUSIVE, perform(Nobody()))
+    waiting = asyncio.create_task(world.runner.run_in_worker(op, None, workers))
+    await until(lambda: len(lock.queue) == 1)
+    workers.stop(5)
+    await world.runner.run(perform(Release(lock, held)))
+    with pytest.raises(InUse, match="nothing can be revoked"):
+        await waiting
+    assert lock.idle
+
+
+async def test_a_thread_that_may_sleep_goes_on_after_what_blocked(world: World) -> None:
+    def op() -> Op[str]:
+        yield from perform(Ask(1))
+        name = yield from perform(Sleep())
+        yield from perform(Add(1))
+        return name
+
+    name = await world.runner.run(op())
+    assert name != threading.current_thread().name
+    assert world.threads["local"] == [name]
 
 
 async def test_the_first_remote_effect_hands_over_to_the_loop(world: World) -> None:
