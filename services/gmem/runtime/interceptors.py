@@ -71,6 +71,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._replies = Replies()
         self._journal_id = ""
         self._streams: set[asyncio.Task[Any]] = set()
+        self._wrapped: dict[str, Handler] = {}
         self._stopping = False
 
     def use(self, journal: Journal) -> None:
@@ -89,11 +90,16 @@ class Boundary(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the handler of a method of ours."""
-        handler = await continuation(handler_call_details)
+        """Wrap the handler of a method of ours, once."""
         method = str(handler_call_details.method)
+        if method in self._wrapped:
+            return self._wrapped[method]
+        handler = await continuation(handler_call_details)
         if handler is None or not method.startswith(_OURS):
             return handler
+        return self._wrapped.setdefault(method, self._wrap(method, handler))
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
         name = method.rpartition("/")[2]
         # The stubs know synchronous handlers only.
         rpc = cast("Any", handler)
@@ -266,20 +272,37 @@ async def _from(
         yield request
 
 
+_naming: dict[type[object], tuple[str, ...]] = {}
+
+
 def names_of(request: object) -> dict[str, str]:
     """Return request_id, inode and vm of a request, as far as it has them."""
     names: dict[str, str] = {}
-    request_id = getattr(request, "request_id", None)
-    if request_id is not None:
-        names["request_id"] = request_id.id
-    ranges = getattr(request, "ranges", ())
-    resources = [getattr(request, key, "") for key in ("name", "vm", "guest_memfd")]
-    for resource in [*resources, *(item.name for item in ranges[:1])]:
-        parts = str(resource).split("/")
+    kind = type(request)
+    fields = _naming.get(kind)
+    if fields is None:
+        fields = _naming[kind] = _naming_fields(kind)
+    for field in fields:
+        value = getattr(request, field)
+        if field == "request_id":
+            names["request_id"] = value.id
+            continue
+        if field == "ranges":
+            value = value[0].name if value else ""
+        parts = value.split("/")
         for word, key in (("guestMemfds", "inode"), ("vms", "vm")):
             if word in parts[:-1]:
                 names[key] = parts[parts.index(word) + 1]
     return names
+
+
+def _naming_fields(kind: type[object]) -> tuple[str, ...]:
+    """Return which fields of a request name something; a later one wins."""
+    if not issubclass(kind, Message):
+        # A stream of requests.
+        return ()
+    wanted = ("request_id", "name", "vm", "guest_memfd", "ranges")
+    return tuple(name for name in wanted if name in kind.DESCRIPTOR.fields_by_name)
 
 
 def _fingerprint(method: str, request: Message) -> bytes:

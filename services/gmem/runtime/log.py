@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from contextvars import ContextVar
+from typing import Final, TextIO
 
 import structlog
-from structlog.contextvars import bound_contextvars, merge_contextvars
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 logger: FilteringBoundLogger = structlog.get_logger()
 """The logger of every service; `configure` gives it the service's name."""
+
+# One variable for all names: structlog has one for each, and walks through the whole
+# context for each line.
+_NAMES: Final[ContextVar[Mapping[str, object]]] = ContextVar("names")
+_NO_NAMES: Final[Mapping[str, object]] = {}
 
 
 class _Lines:
@@ -46,7 +51,7 @@ def configure(*, service: str, host: str, level: str = "info") -> None:
         return event
 
     shared: list[Processor] = [
-        merge_contextvars,
+        _add_names,
         name_the_service,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -77,5 +82,13 @@ def bound(**names: object) -> Iterator[None]:
 
     They follow tasks started inside; names that are empty are left out.
     """
-    with bound_contextvars(**{key: name for key, name in names.items() if name}):
+    given = {key: name for key, name in names.items() if name}
+    token = _NAMES.set({**_NAMES.get(_NO_NAMES), **given})
+    try:
         yield
+    finally:
+        _NAMES.reset(token)
+
+
+def _add_names(_logger: object, _method: str, event: EventDict) -> EventDict:
+    return {**_NAMES.get(_NO_NAMES), **event}
