@@ -61,7 +61,7 @@ class Inode:
     `transit` are the pages that an operation has withdrawn from their view; `poisoned`
     those with a memory error, of folios that are in the filemap; `users` counts
     operations under way, `uses` all there ever were; `gone` is set when eviction
-    begins; `told` are rows as the journal has them.
+    begins; `told` is what the journal has of some rows.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Inode:
         self.users = 0
         self.uses = 0
         self.rollback_warnings = 0
-        self.told: dict[str, object] = {}
+        self.told: dict[str, tuple[object, ...]] = {}
 
     def unit_of(self, pgoff: int) -> PgRange:
         """Return the pages of the unit that `pgoff` lies in."""

@@ -51,13 +51,15 @@ def inode_changes(inode: Inode, *, settled: bool) -> Changes:
     base = f"inode/{inode.number}"
     rows: Changes = {}
     if settled:
-        _tell(inode, rows, f"{base}/head", _head(inode))
-        bindings = [_binding_row(binding) for binding in inode.bindings.all]
-        _tell(inode, rows, f"{base}/bindings", bindings or None)
+        if _is_news(inode, "head", _changing(inode)):
+            rows[f"{base}/head"] = _head(inode)
+        if _is_news(inode, "bindings", bindings := inode.bindings.all):
+            found = [_binding_row(binding) for binding in bindings]
+            rows[f"{base}/bindings"] = found or None
         for flip, is_there in inode.faultability.drain().items():
             rows[f"{base}/flip/{flip}"] = 1 if is_there else None
-    policies = [_mempolicy_row(*item) for item in inode.mempolicies.all_set]
-    _tell(inode, rows, f"{base}/mempolicies", policies or None)
+    if _is_news(inode, "mempolicies", policies := inode.mempolicies.all_set):
+        rows[f"{base}/mempolicies"] = [_mempolicy_row(*one) for one in policies] or None
     for chunk, runs in inode.filemap.drain().items():
         rows[f"{base}/folios/{chunk}"] = runs or None
     for number, held in inode.references.drain().items():
@@ -67,10 +69,21 @@ def inode_changes(inode: Inode, *, settled: bool) -> Changes:
     return rows
 
 
-def _tell(inode: Inode, rows: Changes, key: str, row: object) -> None:
-    if inode.told.get(key) != row:
-        inode.told[key] = row
-        rows[key] = row
+def _is_news(inode: Inode, what: str, state: tuple[object, ...]) -> bool:
+    """Tell whether a state is not the one told last; an empty one needs no telling.
+
+    States are compared and not rows, which take longer to make: nothing of this
+    changes in most operations.
+    """
+    if inode.told.get(what, ()) == state:
+        return False
+    inode.told[what] = state
+    return True
+
+
+def _changing(inode: Inode) -> tuple[object, ...]:
+    """Return what of a head ever changes."""
+    return inode.vm, inode.file_open, inode.rollback_warnings
 
 
 def _orphans(inode: Inode) -> list[Any]:
