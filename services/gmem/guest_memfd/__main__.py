@@ -32,8 +32,9 @@ from gmem.runtime import log
 from gmem.runtime.backend import Backend
 from gmem.runtime.broker import Broker
 from gmem.runtime.config import HostShape, ServiceConfig
-from gmem.runtime.drive import Performer, wake_up_fd
+from gmem.runtime.drive import wake_up_fd
 from gmem.runtime.log import logger
+from gmem.runtime.performer import Performer
 from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.errors import TransportError
 from gmem.uapi.lineage import Lineage

@@ -17,7 +17,7 @@ from gmem.guest_memfd.page_states import InodeTable
 from gmem.guest_memfd.remote_finder import Finder
 from gmem.guest_memfd.views import Contents, Views
 from gmem.runtime.broker import Broker, Session
-from gmem.runtime.drive import Performer
+from gmem.runtime.performer import Performer
 from gmem.uapi.errors import BadRequest, Contended, InUse, KernelError, Reason
 from gmem.uapi.lineage import Lineage
 from gmem.uapi.pages import PAGE_SHIFT, PgRange

@@ -13,7 +13,7 @@ from gmem.effects import Effect
 from gmem.guest_memfd import codec
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.values import Folio
-from gmem.runtime.drive import Performer
+from gmem.runtime.performer import Performer
 from gmem.uapi.errors import KernelError, TransportError
 from gmem.uapi.pages import PgRange
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.effects import Waited
-from gmem.runtime.drive import Performer
+from gmem.runtime.performer import Performer
 
 MAPPINGS_POLL_SECONDS: Final = 0.05
 """How often a wait looks again when a process has pages mapped: nobody tells of it."""

@@ -26,31 +26,18 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from gmem.effects import Acquire, Effect, Lock, Mode, Op, Release, Ticket
+from gmem.runtime.performer import Blocking, Performer, Remote
 from gmem.uapi.errors import KernelError, TransportError
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Effect[Any])
 
 Mutex: TypeAlias = AbstractContextManager[object]
 Done: TypeAlias = Callable[["Future[T]"], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Blocking:
-    """An effect that one of some threads performs: it may sleep in the kernel."""
-
-    effect: Effect[Any]
-    handler: Callable[[Any], object]
-    workers: Callable[[], Executor | None]
-
-
-_Remote: TypeAlias = Callable[[], Awaitable[Any]]
-_Pending: TypeAlias = "Future[Ticket] | _Blocking | _Remote"
+_Pending: TypeAlias = "Future[Ticket] | Blocking | Remote"
 """What an operation waits for: a lock, a thread that may sleep, somebody else."""
 
 
@@ -73,71 +60,6 @@ def wake_up_fd() -> int:
     loop: Any = asyncio.get_running_loop()
     # There is no public name for it.
     return int(loop._csock.fileno())  # noqa: SLF001
-
-
-class Performer:
-    """Who answers which effect: a table by the type of the effect."""
-
-    def __init__(self) -> None:
-        """Start empty; a type is registered once."""
-        self._local: dict[type[Effect[Any]], Callable[[Any], object]] = {}
-        self._blocking: dict[
-            type[Effect[Any]],
-            tuple[Callable[[Any], object], Callable[[], Executor | None]],
-        ] = {}
-        self._remote: dict[type[Effect[Any]], Callable[[Any], Awaitable[object]]] = {}
-
-    def register_local(self, kind: type[E], handler: Callable[[E], object]) -> None:
-        """Answer `kind` in the thread that has it: short, and never waits."""
-        self._require_new(kind)
-        self._local[kind] = handler
-
-    def register_remote(
-        self, kind: type[E], handler: Callable[[E], Awaitable[object]]
-    ) -> None:
-        """Answer `kind` on the loop, by awaiting somebody else."""
-        self._require_new(kind)
-        self._remote[kind] = handler
-
-    def register_blocking(
-        self,
-        kind: type[E],
-        handler: Callable[[E], object],
-        workers: Callable[[], Executor | None] = lambda: None,
-    ) -> None:
-        """Answer `kind` in a thread that may sleep in the kernel.
-
-        That is the one that has the operation, or one of `workers()` where the loop has
-        it (None: the loop's own), which then goes on with it.
-        """
-        self._require_new(kind)
-        self._blocking[kind] = handler, workers
-
-    def local(
-        self, effect: Effect[Any], *, may_sleep: bool = False
-    ) -> Callable[[Any], object] | None:
-        """Return who answers `effect` in this very thread, or None."""
-        handler = self._local.get(type(effect))
-        if handler is None and may_sleep:
-            blocking = self._blocking.get(type(effect))
-            return None if blocking is None else blocking[0]
-        return handler
-
-    def elsewhere(self, effect: Effect[Any]) -> _Blocking | _Remote:
-        """Return who else answers `effect`."""
-        blocking = self._blocking.get(type(effect))
-        if blocking is not None:
-            return _Blocking(effect, *blocking)
-        return partial(self.remote(effect), effect)
-
-    def remote(self, effect: Effect[Any]) -> Callable[[Any], Awaitable[object]]:
-        """Return the remote handler; an effect nobody answers is our bug."""
-        assert type(effect) in self._remote, f"nobody performs {type(effect).__name__}"
-        return self._remote[type(effect)]
-
-    def _require_new(self, kind: type[Effect[Any]]) -> None:
-        for table in (self._local, self._blocking, self._remote):
-            assert kind not in table, kind
 
 
 class Runner:
@@ -268,7 +190,7 @@ class Runner:
                 pending = self._advance(run)
             while pending is not None:
                 try:
-                    if isinstance(pending, _Blocking):
+                    if isinstance(pending, Blocking):
                         in_worker = self._in_worker(run, pending)
                     else:
                         in_worker = None
@@ -281,7 +203,7 @@ class Runner:
             self._fail(run.done, error)
 
     def _in_worker(
-        self, run: _Run[T], blocking: _Blocking
+        self, run: _Run[T], blocking: Blocking
     ) -> asyncio.Future[_Pending | None]:
         """Have a worker perform an effect, and go on as far as it gets."""
 
@@ -352,7 +274,7 @@ class Runner:
             future.set_result(next_ticket)
 
 
-async def _answer_to(pending: Future[Ticket] | _Remote) -> object:
+async def _answer_to(pending: Future[Ticket] | Remote) -> object:
     if isinstance(pending, Future):
         return await asyncio.wrap_future(pending)
     return await pending()

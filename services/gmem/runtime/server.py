@@ -37,11 +37,12 @@ from grpc_reflection.v1alpha import reflection
 from gmem.api.types.v1.types_pb2 import Capabilities
 from gmem.runtime import log
 from gmem.runtime.config import SOCKET_PATH_MAX, ServiceConfig
-from gmem.runtime.drive import Performer, Runner
+from gmem.runtime.drive import Runner
 from gmem.runtime.events import EventLog
 from gmem.runtime.interceptors import Boundary
 from gmem.runtime.journal import Changes, Journal, JournalRefusedError
 from gmem.runtime.log import logger
+from gmem.runtime.performer import Performer
 from gmem.uapi.lineage import Lineage
 
 EXIT_BUG = 70

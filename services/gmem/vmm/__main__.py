@@ -13,8 +13,8 @@ from gmem.client import GuestMemfdClient
 from gmem.runtime import log
 from gmem.runtime.broker import Broker
 from gmem.runtime.config import HostShape, ServiceConfig
-from gmem.runtime.drive import Performer
 from gmem.runtime.log import logger
+from gmem.runtime.performer import Performer
 from gmem.runtime.server import Runtime, open_journal, run_service, wait_for_start
 from gmem.uapi.errors import NoSuchObject, TransportError
 from gmem.uapi.lineage import Lineage

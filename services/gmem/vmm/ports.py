@@ -16,7 +16,7 @@ from typing import Final
 from gmem.api.guest_memfd.v1 import guest_memfd_pb2 as pb
 from gmem.client import GuestMemfdClient
 from gmem.runtime.broker import Broker
-from gmem.runtime.drive import Performer
+from gmem.runtime.performer import Performer
 from gmem.uapi.errors import BadRequest, InUse, Reason
 from gmem.uapi.pages import U64_LIMIT
 from gmem.vmm.core.effects import (

@@ -14,7 +14,7 @@ from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.effects import Waited
 from gmem.guest_memfd.core.references import References
 from gmem.guest_memfd.wait_ports import LEASE_TICK_SECONDS, WaitPorts
-from gmem.runtime.drive import Performer
+from gmem.runtime.performer import Performer
 
 INODE = 7
 SOON = 5.0
