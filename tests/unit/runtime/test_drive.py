@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -24,106 +21,25 @@ from gmem.effects import (
     holding,
     perform,
 )
-from gmem.guest_memfd.view.revokers import Revokers
 from gmem.runtime.drive import Runner, drive
 from gmem.runtime.performer import Performer
-from gmem.uapi.errors import Exhausted, InUse, Reason, TransportError
-
-
-@dataclass(frozen=True, slots=True)
-class Add(Effect[int]):
-    """Local: adds one."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ask(Effect[int]):
-    """Remote: doubles, after others had a turn."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep(Effect[str]):
-    """Blocking: tells the thread it ran in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark(Effect[None]):
-    """Local: writes a word down."""
-
-    word: str
-
-
-@dataclass(frozen=True, slots=True)
-class Nobody(Effect[None]):
-    """Performed by nobody."""
-
-
-class World:
-    """Performs the effects above and remembers which thread did what."""
-
-    def __init__(self) -> None:
-        self.marks: list[str] = []
-        self.threads: dict[str, list[str]] = {"local": [], "remote": []}
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.performer = Performer()
-        self.performer.register_local(Add, self.add)
-        self.performer.register_local(Mark, lambda e: self.marks.append(e.word))
-        self.performer.register_remote(Ask, self.ask)
-        self.performer.register_blocking(Sleep, self.sleep)
-        self.bugs: list[BaseException] = []
-        self.runner = Runner(self.performer, on_bug=self.bugs.append)
-
-    def add(self, effect: Add) -> int:
-        self.threads["local"].append(threading.current_thread().name)
-        if effect.number < 0:
-            raise Exhausted(Reason.POOL_EMPTY, "no page is left")
-        return effect.number + 1
-
-    async def ask(self, effect: Ask) -> int:
-        self.threads["remote"].append(threading.current_thread().name)
-        await self.gate.wait()
-        await asyncio.sleep(0)
-        if effect.number < 0:
-            raise TransportError("nobody there", service="host_allocator")
-        return effect.number * 2
-
-    def sleep(self, _effect: Sleep) -> str:
-        return threading.current_thread().name
+from gmem.uapi.errors import Exhausted, Reason, TransportError
+from tests.support.driven_world import (
+    Add,
+    Ask,
+    Mark,
+    Nobody,
+    World,
+    asleep_and_back,
+    in_thread,
+    recovering,
+    sum_up,
+)
 
 
 @pytest.fixture
 async def world() -> World:
     return World()
-
-
-def sum_up(local: int, remote: int) -> Op[int]:
-    first = yield from perform(Add(local))
-    second = yield from perform(Ask(remote))
-    return first + second
-
-
-def recovering(effect: Effect[int]) -> Op[str]:
-    try:
-        yield from perform(effect)
-    except (Exhausted, TransportError) as error:
-        return f"{type(error).__name__} at its line"
-    return "no error"
-
-
-def in_thread(work: Any, name: str = "dispatcher") -> threading.Thread:
-    thread = threading.Thread(target=work, name=name)
-    thread.start()
-    return thread
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_drive_answers_each_effect_and_returns_the_value() -> None:
@@ -171,12 +87,6 @@ async def test_a_thread_finishes_what_is_local_itself(world: World) -> None:
     assert world.threads["local"] == ["dispatcher", "dispatcher"]
 
 
-def asleep_and_back() -> Op[tuple[str, int, str]]:
-    before = yield from perform(Sleep())
-    asked = yield from perform(Ask(2))
-    return before, asked, (yield from perform(Sleep()))
-
-
 @pytest.mark.parametrize("may_sleep", [True, False])
 async def test_a_thread_that_may_sleep_performs_what_blocks_until_it_hands_over(
     world: World, may_sleep: bool
@@ -196,106 +106,6 @@ async def test_a_thread_that_may_sleep_performs_what_blocks_until_it_hands_over(
     assert (before == "dispatcher") is may_sleep
     assert asked == 4
     assert after not in ("dispatcher", threading.current_thread().name)
-
-
-async def test_a_worker_performs_what_blocks_and_keeps_the_callers_context(
-    world: World,
-) -> None:
-    who: ContextVar[str] = ContextVar("who", default="nobody")
-    world.performer.register_local(
-        Nobody, lambda _effect: world.marks.append(who.get())
-    )
-
-    def op() -> Op[tuple[str, int, str]]:
-        yield from perform(Nobody())
-        return (yield from asleep_and_back())
-
-    with ThreadPoolExecutor(1, thread_name_prefix="worker") as workers:
-        who.set("the caller")
-        before, asked, _ = await world.runner.run_in_worker(op(), None, workers)
-        with pytest.raises(Exhausted):
-            await world.runner.run_in_worker(sum_up(-1, 0), None, workers)
-    assert (before[:6], asked, world.marks) == ("worker", 4, ["the caller"])
-    assert await world.runner.drain(5) == 0
-
-
-async def test_a_refusal_of_an_operation_that_a_worker_has_is_heard_once(
-    world: World,
-) -> None:
-    said: list[str] = []
-    asyncio.get_running_loop().set_exception_handler(
-        lambda _loop, context: said.append(context["message"])
-    )
-    with ThreadPoolExecutor(1) as workers:
-        with pytest.raises(Exhausted):
-            await world.runner.run_in_worker(sum_up(-1, 0), None, workers)
-        assert await world.runner.drain(5) == 0
-    gc.collect()
-    assert said == []
-
-
-async def test_an_operation_that_a_worker_has_outlives_its_caller(world: World) -> None:
-    world.gate.clear()
-    with ThreadPoolExecutor(1) as workers:
-        run = world.runner.run_in_worker(sum_up(1, 2), None, workers)
-        caller = asyncio.create_task(run)
-        await until(lambda: bool(world.threads["remote"]))
-        caller.cancel()
-        await asyncio.wait([caller])
-        assert await world.runner.drain(0.01) > 0
-
-        world.gate.set()
-        assert await world.runner.drain(5) == 0
-
-
-async def test_a_worker_goes_on_when_the_lock_is_free_and_none_waits_for_it(
-    world: World,
-) -> None:
-    lock = Lock("invalidate_lock")
-    held = await world.runner.run(perform(Acquire(lock, Mode.EXCLUSIVE)))
-
-    def op() -> Op[str]:
-        yield from holding(lock, Mode.EXCLUSIVE, perform(Add(1)))
-        return (yield from perform(Sleep()))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="worker") as workers:
-        run = world.runner.run_in_worker
-        waiting = [asyncio.create_task(run(op(), None, workers)) for _ in range(3)]
-        await until(lambda: len(lock.queue) == len(waiting))
-        # The only worker is free.
-        assert await run(perform(Sleep()), None, workers) == "worker_0"
-        await world.runner.run(perform(Release(lock, held)))
-        assert await asyncio.gather(*waiting) == ["worker_0"] * 3
-    assert world.threads["local"] == ["worker_0"] * 3
-    assert lock.idle
-
-
-async def test_workers_that_have_ended_leave_no_lock_behind(world: World) -> None:
-    lock = Lock("invalidate_lock")
-    held = await world.runner.run(perform(Acquire(lock, Mode.EXCLUSIVE)))
-    workers = Revokers(1, ())
-    world.performer.register_blocking(Nobody, lambda _: None, lambda: workers)
-    op = holding(lock, Mode.EXCLUSIVE, perform(Nobody()))
-    waiting = asyncio.create_task(world.runner.run_in_worker(op, None, workers))
-    await until(lambda: len(lock.queue) == 1)
-    workers.stop(5)
-    await world.runner.run(perform(Release(lock, held)))
-    with pytest.raises(InUse, match="nothing can be revoked"):
-        await waiting
-    assert lock.idle
-
-
-async def test_what_blocks_goes_to_a_thread_which_goes_on_after_it(
-    world: World,
-) -> None:
-    def op() -> Op[str]:
-        yield from perform(Ask(1))
-        name = yield from perform(Sleep())
-        yield from perform(Add(1))
-        return name
-
-    name = await world.runner.run(op())
-    assert threading.current_thread().name != name == world.threads["local"][0]
 
 
 async def test_the_first_remote_effect_hands_over_to_the_loop(world: World) -> None:
