@@ -18,8 +18,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from gmem.effects import Op, T
 from gmem.guest_memfd import ioctls, recovery
 from gmem.guest_memfd.accounting import Accounting
@@ -36,6 +34,7 @@ from gmem.runtime.broker import Broker, Session
 from gmem.runtime.drive import Runner
 from gmem.runtime.events import EventLog
 from gmem.runtime.journal import Journal
+from gmem.runtime.log import logger
 from gmem.uapi.errors import Errno, KernelError
 from gmem.uapi.flags import Faultability
 from gmem.uapi.lineage import Lineage
@@ -49,8 +48,6 @@ SLEEPING_DISPATCHERS_MAX: Final = 2
 
 BACK_SECONDS_MAX: Final = 10.0
 """How long a client's holds wait for it after a restart of this service."""
-
-log = structlog.get_logger(__name__)
 
 
 class GuestMemfdService:
@@ -123,7 +120,7 @@ class GuestMemfdService:
         def ended(future: Future[bool]) -> None:
             _logged("lease_expired")(future)
             if future.exception() is None and future.result():
-                log.warning("lease_expired", hold=hold)
+                logger.warning("lease_expired", hold=hold)
 
         op = self.core.lease_expired(hold, renewals)
         self.runner.start_from_thread(op, self.mutex, ended)
@@ -165,7 +162,7 @@ class GuestMemfdService:
                 done(True)  # noqa: FBT003 - a callback of the session
                 return
             outcome = error if error is not None else future.result()
-            log.info("host_fault_is_sigbus", inode=ino, page=pgoff, why=str(outcome))
+            logger.info("host_fault_is_sigbus", inode=ino, page=pgoff, why=str(outcome))
             done(False)  # noqa: FBT003
 
         op = self.core.host_fault(ino, PgOff(pgoff))
@@ -258,7 +255,9 @@ class GuestMemfdService:
                     opens = self.session.open_count(table.ino, view)
                     inode.references.views_open[view] = opens
         if tables:
-            log.info("views_taken_over", inodes=len(tables), misplaced=len(misplaced))
+            logger.info(
+                "views_taken_over", inodes=len(tables), misplaced=len(misplaced)
+            )
         return misplaced
 
     def expect_clients_again(self) -> None:
@@ -272,7 +271,7 @@ class GuestMemfdService:
         here = {_name_of(session) for session in self.broker.sessions}
         self._guest_pids &= {session.pid for session in self.broker.sessions}
         for client in set(note["clients"]) - here:
-            log.info("client_did_not_come_back", client=client)
+            logger.info("client_did_not_come_back", client=client)
             self._end_client(client)
         self._note_clients()
 
@@ -284,7 +283,7 @@ class GuestMemfdService:
     def _client_gone(self, session: Session) -> None:
         self._guest_pids.discard(session.pid)
         client = _name_of(session)
-        log.info("client_gone", client=client, pid=session.pid, comm=session.comm)
+        logger.info("client_gone", client=client, pid=session.pid, comm=session.comm)
         self._note_clients()
         self._end_client(client)
 
@@ -309,7 +308,7 @@ def _errno_of(error: BaseException | None) -> int:
     if isinstance(error, KernelError) and error.errno is not None:
         return error.errno
     # The allocator did not answer: the caller sees an I/O error, the log the cause.
-    log.warning("call_failed", error=str(error))
+    logger.warning("call_failed", error=str(error))
     return int(Errno.EIO)
 
 
@@ -319,6 +318,6 @@ def _logged(what: str) -> Callable[[Future[Any]], None]:
     def ended(future: Future[Any]) -> None:
         error = future.exception()
         if error is not None:
-            log.warning("operation_failed", what=what, error=str(error))
+            logger.warning("operation_failed", what=what, error=str(error))
 
     return ended

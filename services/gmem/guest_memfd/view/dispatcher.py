@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
 from gmem.guest_memfd.core.values import ViewKind
 from gmem.guest_memfd.view.calls import Calls
 from gmem.guest_memfd.view.channel import Channel
@@ -19,8 +17,7 @@ from gmem.guest_memfd.view.node import ViewNode
 from gmem.guest_memfd.view.revokers import keep_only
 from gmem.runtime import fusewire as wire
 from gmem.runtime.fusewire import BODY, Opcode
-
-log = structlog.get_logger(__name__)
+from gmem.runtime.log import logger
 
 Handler = Callable[[int, int, int, memoryview], "bytes | int | None"]
 """(unique, nodeid, pid, whole request) -> body, negative errno, or None: later."""
@@ -216,10 +213,10 @@ class Dispatcher(threading.Thread):
             self._counters.add("requests")
             try:
                 reply = self._dispatch(opcode, unique, nodeid, pid, buffer[:length])
-            except Exception:
+            except Exception:  # noqa: BLE001 - it is logged with its traceback
                 # Our bug. The client must get an error, not wait for ever; and the
                 # other clients still need this thread.
-                log.exception("request_handler_failed", opcode=opcode, nodeid=nodeid)
+                logger.exception("request_handler_failed", opcode=opcode, nodeid=nodeid)
                 self._counters.add("faulty_handlers")
                 reply = None if opcode in _LATER else -errno.EIO
             finished = self._finished(pid)

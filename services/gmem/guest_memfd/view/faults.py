@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-import structlog
-
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.guest_memfd.view import callers
 from gmem.guest_memfd.view.callbacks import ViewCallbacks
@@ -27,6 +25,7 @@ from gmem.runtime.fusewire import (
     WRITE_CACHE,
     WRITE_LOCKOWNER,
 )
+from gmem.runtime.log import logger
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE
 
 FAULT_WAIT_MAX: Final = 4.0
@@ -38,8 +37,6 @@ REPEAT_SECONDS: Final = 0.25
 then repeats instead of looking at the error. Within this time it is refused at once."""
 ASKS_MAX: Final = 64
 """Folios asked for one READ, each taken away again before it could be answered."""
-
-log = structlog.get_logger(__name__)
 
 
 class Faults:
@@ -203,7 +200,7 @@ class Faults:
             self._counters.add("killed")
             return True
         self._counters.add("timeouts")
-        log.warning(
+        logger.warning(
             "parked_read_timed_out",
             ino=node.ino,
             view=parked.view.name,
