@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import structlog
 
 from gmem.runtime.backend import Backend
 from gmem.testing.watchdog import FuseWatchdog
@@ -22,6 +23,16 @@ TESTS = Path(__file__).parent
 # than the timeout of a test, so that the hang ends with a reason.
 FUSE_BOUND_SECONDS = 60.0
 _SHARED_BY: Final = frozenset((*Backend, *Lineage))
+
+
+def pytest_configure() -> None:
+    # With rich installed structlog draws a traceback in a box, which takes half a
+    # second: longer than a hasty client of ours waits.
+    plain = structlog.dev.ConsoleRenderer(
+        exception_formatter=structlog.dev.plain_traceback
+    )
+    processors = [*structlog.get_config()["processors"][:-1], plain]
+    structlog.configure(processors=processors)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

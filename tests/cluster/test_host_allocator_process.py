@@ -68,7 +68,7 @@ async def test_a_host_boots_answers_and_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ({"nodes": []}, "one node or more"),
+        ({"nodes": []}, "at least 1 item"),
         ({"nodes": [{"memory_size": "4K"}]}, "give it at least 2"),
         (
             {"nodes": [{"memory_size": "1G"}], "default_hugepagesize": "4K"},

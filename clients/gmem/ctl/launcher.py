@@ -102,7 +102,7 @@ async def start(
             backend=(plan.backend or Backend.FUSE).value,
         )
         write_state(directory, state)
-        directory.shape.write_text(plan.shape.to_json() + "\n")
+        directory.shape.write_text(plan.shape.model_dump_json(indent=2) + "\n")
         return await _start_all(directory, state, plan.nr_vmms, tell)
 
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from gmem.runtime.log import logger
+import structlog
+
 from gmem.uapi.errors import OPERATION_ERRORS
 from gmem.uapi.flags import FALLOC_FL_KEEP_SIZE
 from gmem.uapi.pages import PgRange
@@ -26,6 +27,8 @@ LOOK_SHARE_MAX: Final = 0.1
 """Most of its time that the service spends looking."""
 AGAIN_SECONDS: Final = 2.0
 """After an allocation of an inode failed, unless somebody asks for it."""
+
+log = structlog.get_logger(__name__)
 
 
 class Accounting:
@@ -65,7 +68,7 @@ class Accounting:
                 await self._allocate_run(number, pages)
         except OPERATION_ERRORS as error:
             if self._is_due(number, time.monotonic()):
-                logger.warning("touched_without_folio", inode=number, why=str(error))
+                log.warning("touched_without_folio", inode=number, why=str(error))
             self._failed[number] = time.monotonic()
         else:
             self._failed.pop(number, None)

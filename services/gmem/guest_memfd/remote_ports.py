@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import structlog
+
 from gmem.client import HostAllocatorClient, VmmClient
 from gmem.effects import Effect
 from gmem.guest_memfd import codec
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.values import Folio
-from gmem.runtime.log import logger
 from gmem.runtime.performer import Performer
 from gmem.uapi.errors import KernelError, TransportError
 from gmem.uapi.pages import PgRange
@@ -21,6 +22,8 @@ from gmem.uapi.pages import PgRange
 ACKNOWLEDGE_SECONDS_MAX = 5.0
 
 E = TypeVar("E", bound=Effect[Any])
+
+log = structlog.get_logger(__name__)
 
 
 class RemotePorts:
@@ -143,6 +146,6 @@ class RemotePorts:
                 timeout=ACKNOWLEDGE_SECONDS_MAX,
             )
         except (KernelError, TransportError) as error:
-            logger.warning(
+            log.warning(
                 "vmm_counts_as_acknowledged", what=what, vm=vm, error=str(error)
             )

@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import structlog
+
 from gmem.effects import Op, T
 from gmem.guest_memfd import ioctls, recovery
 from gmem.guest_memfd.accounting import Accounting
@@ -34,7 +36,6 @@ from gmem.runtime.broker import Broker, Session
 from gmem.runtime.drive import Runner
 from gmem.runtime.events import EventLog
 from gmem.runtime.journal import Journal
-from gmem.runtime.log import logger
 from gmem.uapi.errors import Errno, KernelError
 from gmem.uapi.flags import Faultability
 from gmem.uapi.lineage import Lineage
@@ -48,6 +49,8 @@ SLEEPING_DISPATCHERS_MAX: Final = 2
 
 BACK_SECONDS_MAX: Final = 10.0
 """How long a client's holds wait for it after a restart of this service."""
+
+log = structlog.get_logger(__name__)
 
 
 class GuestMemfdService:
@@ -120,7 +123,7 @@ class GuestMemfdService:
         def ended(future: Future[bool]) -> None:
             _logged("lease_expired")(future)
             if future.exception() is None and future.result():
-                logger.warning("lease_expired", hold=hold)
+                log.warning("lease_expired", hold=hold)
 
         op = self.core.lease_expired(hold, renewals)
         self.runner.start_from_thread(op, self.mutex, ended)
@@ -162,7 +165,7 @@ class GuestMemfdService:
                 done(True)  # noqa: FBT003 - a callback of the session
                 return
             outcome = error if error is not None else future.result()
-            logger.info("host_fault_is_sigbus", inode=ino, page=pgoff, why=str(outcome))
+            log.info("host_fault_is_sigbus", inode=ino, page=pgoff, why=str(outcome))
             done(False)  # noqa: FBT003
 
         op = self.core.host_fault(ino, PgOff(pgoff))
@@ -255,9 +258,7 @@ class GuestMemfdService:
                     opens = self.session.open_count(table.ino, view)
                     inode.references.views_open[view] = opens
         if tables:
-            logger.info(
-                "views_taken_over", inodes=len(tables), misplaced=len(misplaced)
-            )
+            log.info("views_taken_over", inodes=len(tables), misplaced=len(misplaced))
         return misplaced
 
     def expect_clients_again(self) -> None:
@@ -271,7 +272,7 @@ class GuestMemfdService:
         here = {_name_of(session) for session in self.broker.sessions}
         self._guest_pids &= {session.pid for session in self.broker.sessions}
         for client in set(note["clients"]) - here:
-            logger.info("client_did_not_come_back", client=client)
+            log.info("client_did_not_come_back", client=client)
             self._end_client(client)
         self._note_clients()
 
@@ -283,7 +284,7 @@ class GuestMemfdService:
     def _client_gone(self, session: Session) -> None:
         self._guest_pids.discard(session.pid)
         client = _name_of(session)
-        logger.info("client_gone", client=client, pid=session.pid, comm=session.comm)
+        log.info("client_gone", client=client, pid=session.pid, comm=session.comm)
         self._note_clients()
         self._end_client(client)
 
@@ -308,7 +309,7 @@ def _errno_of(error: BaseException | None) -> int:
     if isinstance(error, KernelError) and error.errno is not None:
         return error.errno
     # The allocator did not answer: the caller sees an I/O error, the log the cause.
-    logger.warning("call_failed", error=str(error))
+    log.warning("call_failed", error=str(error))
     return int(Errno.EIO)
 
 
@@ -318,6 +319,6 @@ def _logged(what: str) -> Callable[[Future[Any]], None]:
     def ended(future: Future[Any]) -> None:
         error = future.exception()
         if error is not None:
-            logger.warning("operation_failed", what=what, error=str(error))
+            log.warning("operation_failed", what=what, error=str(error))
 
     return ended

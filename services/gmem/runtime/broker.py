@@ -29,8 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from gmem.runtime import fdpass
-from gmem.runtime.log import logger
 from gmem.uapi.errors import (
     BadRequest,
     Exhausted,
@@ -48,6 +49,8 @@ GIVEN_PER_SESSION_MAX: Final = 64
 WINDOWS_PER_SESSION_MAX: Final = 1024
 NAME_CHARACTERS_MAX: Final = 128
 TURN_AWAY_SECONDS: Final = 1.0
+
+log = structlog.get_logger(__name__)
 
 Open = Callable[[], Awaitable[list[int]]]
 """Opens what a token promises: the descriptor first, then what belongs to it."""
@@ -223,9 +226,9 @@ class Broker:
                     return
                 await self._handle(session, message)
         except fdpass.MessageRefused as error:
-            logger.warning("broker_protocol_broken", pid=session.pid, error=str(error))
+            log.warning("broker_protocol_broken", pid=session.pid, error=str(error))
         except OSError as error:
-            logger.info("broker_connection_lost", pid=session.pid, error=str(error))
+            log.info("broker_connection_lost", pid=session.pid, error=str(error))
         finally:
             await self._end(session)
 

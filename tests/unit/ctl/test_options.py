@@ -91,4 +91,4 @@ def test_a_node_that_is_not_there_is_refused() -> None:
 def test_the_module_parameter_is_part_of_the_shape(on: bool) -> None:
     shape = options.host_shape(1, 1 << 30, [], 1 << 21, in_place_conversion=on)
     assert shape.gmem_in_place_conversion is on
-    assert type(shape).of(shape.to_json()) == shape
+    assert type(shape).model_validate_json(shape.model_dump_json()) == shape

@@ -10,7 +10,7 @@ import sys
 def test_importing_the_plugin_imports_nothing_big() -> None:
     text = (
         "import sys, gmem.testing.plugin; "
-        "print([n for n in ('grpc', 'google.protobuf', 'numpy', 'asyncio')"
+        "print([n for n in ('grpc', 'google.protobuf', 'numpy', 'pydantic', 'asyncio')"
         " if n in sys.modules])"
     )
     ended = subprocess.run(

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+import structlog
+
 from gmem.guest_memfd.core.values import ViewKind
 from gmem.guest_memfd.view.calls import Calls
 from gmem.guest_memfd.view.channel import Channel
@@ -17,7 +19,8 @@ from gmem.guest_memfd.view.node import ViewNode
 from gmem.guest_memfd.view.revokers import keep_only
 from gmem.runtime import fusewire as wire
 from gmem.runtime.fusewire import BODY, Opcode
-from gmem.runtime.log import logger
+
+log = structlog.get_logger(__name__)
 
 Handler = Callable[[int, int, int, memoryview], "bytes | int | None"]
 """(unique, nodeid, pid, whole request) -> body, negative errno, or None: later."""
@@ -213,10 +216,10 @@ class Dispatcher(threading.Thread):
             self._counters.add("requests")
             try:
                 reply = self._dispatch(opcode, unique, nodeid, pid, buffer[:length])
-            except Exception:  # noqa: BLE001 - it is logged with its traceback
+            except Exception:
                 # Our bug. The client must get an error, not wait for ever; and the
                 # other clients still need this thread.
-                logger.exception("request_handler_failed", opcode=opcode, nodeid=nodeid)
+                log.exception("request_handler_failed", opcode=opcode, nodeid=nodeid)
                 self._counters.add("faulty_handlers")
                 reply = None if opcode in _LATER else -errno.EIO
             finished = self._finished(pid)

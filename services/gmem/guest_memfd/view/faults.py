@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
+import structlog
+
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.guest_memfd.view import callers
 from gmem.guest_memfd.view.callbacks import ViewCallbacks
@@ -25,7 +27,6 @@ from gmem.runtime.fusewire import (
     WRITE_CACHE,
     WRITE_LOCKOWNER,
 )
-from gmem.runtime.log import logger
 from gmem.uapi.pages import PAGE_SHIFT, PAGE_SIZE
 
 FAULT_WAIT_MAX: Final = 4.0
@@ -37,6 +38,8 @@ REPEAT_SECONDS: Final = 0.25
 then repeats instead of looking at the error. Within this time it is refused at once."""
 ASKS_MAX: Final = 64
 """Folios asked for one READ, each taken away again before it could be answered."""
+
+log = structlog.get_logger(__name__)
 
 
 class Faults:
@@ -200,7 +203,7 @@ class Faults:
             self._counters.add("killed")
             return True
         self._counters.add("timeouts")
-        logger.warning(
+        log.warning(
             "parked_read_timed_out",
             ino=node.ino,
             view=parked.view.name,

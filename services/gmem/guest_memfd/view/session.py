@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
+import structlog
+
 from gmem.guest_memfd.core.values import PageState, ViewKind
 from gmem.guest_memfd.page_states import InodeTable
 from gmem.guest_memfd.page_store import PageStore
@@ -37,9 +39,10 @@ from gmem.guest_memfd.view.quiesce import Revoker, Runs
 from gmem.guest_memfd.view.revokers import Revokers
 from gmem.runtime.backend import Backend
 from gmem.runtime.fusewire import nodeid_of
-from gmem.runtime.log import logger
 from gmem.uapi.errors import BadRequest, InUse, NoSuchObject, Reason
 from gmem.uapi.pages import PAGE_SHIFT, PgRange
+
+log = structlog.get_logger(__name__)
 
 DISPATCHERS_MIN: Final = 3
 REVOKERS: Final = 8
@@ -379,7 +382,7 @@ class ViewSession:
                 os.fstat(self._mount_fd)
             except OSError as error:
                 # The connection was aborted: every reader has ended or will.
-                logger.info("view_session_disconnected", error=error.strerror)
+                log.info("view_session_disconnected", error=error.strerror)
                 return
 
     def _finished(self, pid: int) -> bool:
