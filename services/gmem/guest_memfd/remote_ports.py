@@ -8,18 +8,14 @@ from typing import Any, TypeVar
 
 import structlog
 
-from gmem.client import HostAllocatorClient, VmmClient
+from gmem.client import HostAllocatorClient
 from gmem.effects import Effect
 from gmem.guest_memfd import codec
 from gmem.guest_memfd.core import effects as fx
 from gmem.guest_memfd.core.values import Folio
+from gmem.guest_memfd.vmm_link import Edge, VmmLink
 from gmem.runtime.performer import Performer
-from gmem.uapi.errors import KernelError, TransportError
-from gmem.uapi.pages import PgRange
-
-# A VMM that has not acknowledged by then is fenced: its guest cannot reach the pages
-# anyway, because their view is closed and invalidated.
-ACKNOWLEDGE_SECONDS_MAX = 5.0
+from gmem.uapi.errors import TransportError
 
 E = TypeVar("E", bound=Effect[Any])
 
@@ -35,7 +31,7 @@ class RemotePorts:
     def __init__(self, allocator: HostAllocatorClient, client: str) -> None:
         self._allocator = allocator
         self._client = client
-        self._vmms: dict[str, VmmClient] = {}
+        self._vmms: dict[str, VmmLink] = {}
         self.lost = asyncio.Event()
         """Set when the allocator did not answer: what became of the call is unknown."""
 
@@ -66,7 +62,7 @@ class RemotePorts:
         return asked
 
     async def close(self) -> None:
-        """Close the channels to the VMMs."""
+        """Let go of the VMMs."""
         for vmm in self._vmms.values():
             await vmm.close()
 
@@ -118,34 +114,12 @@ class RemotePorts:
         await self._allocator.unpoison_memory(effect.pfn)
 
     async def _invalidate_begin(self, effect: fx.InvalidateBegin) -> None:
-        vmm = self._vmm(effect.target)
-        await self._tell("begin", vmm.invalidate_begin, effect.vm, effect.gfns)
+        await self._vmm(effect.target).tell(Edge.BEGIN, effect.vm, effect.gfns)
 
     async def _invalidate_end(self, effect: fx.InvalidateEnd) -> None:
-        vmm = self._vmm(effect.target)
-        await self._tell("end", vmm.invalidate_end, effect.vm, effect.gfns)
+        await self._vmm(effect.target).tell(Edge.END, effect.vm, effect.gfns)
 
-    def _vmm(self, target: str) -> VmmClient:
+    def _vmm(self, target: str) -> VmmLink:
         if target not in self._vmms:
-            self._vmms[target] = VmmClient(target, client=self._client)
+            self._vmms[target] = VmmLink(target, self._client)
         return self._vmms[target]
-
-    async def _tell(
-        self,
-        what: str,
-        call: Callable[..., Awaitable[None]],
-        vm: str,
-        gfns: PgRange,
-    ) -> None:
-        """Ask once; a VMM that is dead, silent or without the VM has acknowledged."""
-        try:
-            await call(
-                vm=vm,
-                gfn=gfns.start,
-                npages=len(gfns),
-                timeout=ACKNOWLEDGE_SECONDS_MAX,
-            )
-        except (KernelError, TransportError) as error:
-            log.warning(
-                "vmm_counts_as_acknowledged", what=what, vm=vm, error=str(error)
-            )

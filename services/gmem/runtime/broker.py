@@ -9,6 +9,8 @@ client says hello, then
     drop{descriptor}  -> closes one it gave
     windows{windows}  -> reports what it has mapped, where the service cannot look
 
+and what else its service was asked to answer there (`register`),
+
 and stays connected: the end of its connection is the end of its process. Then its
 descriptors are closed, after everybody who asked (`on_gone`) has been told.
 
@@ -27,7 +29,7 @@ import stat
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import structlog
 
@@ -54,6 +56,10 @@ log = structlog.get_logger(__name__)
 
 Open = Callable[[], Awaitable[list[int]]]
 """Opens what a token promises: the descriptor first, then what belongs to it."""
+_Reply: TypeAlias = tuple[dict[str, Any], list[int]]
+_Operation: TypeAlias = Callable[
+    ["Session", dict[str, Any], list[int]], Awaitable[_Reply]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,13 @@ class Broker:
         self._given: dict[str, GivenDescriptor] = {}
         self._came: list[Callable[[Session], None]] = []
         self._gone: list[Callable[[Session], None]] = []
+        self._operations: dict[str, _Operation] = {
+            "hello": self._hello,
+            "take": self._take,
+            "give": self._give,
+            "drop": self._drop,
+            "windows": self._windows,
+        }
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_name = 1
 
@@ -176,6 +189,18 @@ class Broker:
                 f"{name!r} was never given, or its giver is gone: give it again",
             )
         return given
+
+    def register(self, name: str, carry_out: Callable[[dict[str, Any]], None]) -> None:
+        """Answer an operation of the service's own; it gets the fields, and no wait."""
+        assert name not in self._operations, name
+
+        async def operation(
+            _session: Session, fields: dict[str, Any], _fds: list[int]
+        ) -> _Reply:
+            carry_out(fields)
+            return {"ok": True}, []
+
+        self._operations[name] = operation
 
     def on_hello(self, callback: Callable[[Session], None]) -> None:
         """Have `callback` called for each client that says who it is."""
@@ -247,18 +272,12 @@ class Broker:
         if message.fds and op != "give":
             await _close(*message.fds)
             raise fdpass.MessageRefused(f"a descriptor came with {op!r}")
-        operations = {
-            "hello": self._hello,
-            "take": self._take,
-            "give": self._give,
-            "drop": self._drop,
-            "windows": self._windows,
-        }
-        operation = operations.get(str(op))
+        operation = self._operations.get(str(op))
         fds = list(message.fds)
         try:
             if operation is None:
-                raise _bad(f"operation {op!r} is none of {', '.join(operations)}")
+                known = ", ".join(self._operations)
+                raise _bad(f"operation {op!r} is none of {known}")
             if not session.said_hello and op != "hello":
                 raise _bad("say hello first")
             reply, out = await operation(session, message.fields, fds)
@@ -274,7 +293,7 @@ class Broker:
 
     async def _hello(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], list[int]]:
+    ) -> _Reply:
         client = _word(fields, "client")
         session.incarnation = _word(fields, "incarnation")
         session.client = client
@@ -284,7 +303,7 @@ class Broker:
 
     async def _take(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], list[int]]:
+    ) -> _Reply:
         name = str(fields.get("token", ""))
         token = self._tokens.get(name)
         if token is None:
@@ -312,7 +331,7 @@ class Broker:
 
     async def _give(
         self, session: Session, fields: dict[str, Any], fds: list[int]
-    ) -> tuple[dict[str, Any], list[int]]:
+    ) -> _Reply:
         label = _word(fields, "label")
         if len(fds) != 1:
             raise fdpass.MessageRefused(f"give came with {len(fds)} descriptors")
@@ -342,7 +361,7 @@ class Broker:
 
     async def _drop(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], list[int]]:
+    ) -> _Reply:
         name = _word(fields, "descriptor")
         given = session.given.pop(name, None)
         if given is None:
@@ -355,7 +374,7 @@ class Broker:
 
     async def _windows(
         self, session: Session, fields: dict[str, Any], _fds: list[int]
-    ) -> tuple[dict[str, Any], list[int]]:
+    ) -> _Reply:
         raw = fields.get("windows")
         if not isinstance(raw, list) or len(raw) > WINDOWS_PER_SESSION_MAX:
             raise _bad(f"windows must be a list of at most {WINDOWS_PER_SESSION_MAX}")

@@ -149,7 +149,7 @@ class BrokerClient:
         if answer is None:
             raise self._unreachable("it closed the connection")
         if not answer.fields.get("ok"):
-            raise _error_of(answer.fields)
+            raise refusal_of(answer.fields)
         return answer
 
     def _connect(self) -> socket.socket:
@@ -208,7 +208,8 @@ class BrokerClient:
         )
 
 
-def _error_of(fields: dict[str, Any]) -> KernelError:
+def refusal_of(fields: dict[str, Any]) -> KernelError:
+    """Return the error that a broker's answer is."""
     reason = Reason(fields["reason"])
     assert reason in ERROR_TABLE, reason
     return make_error(reason, str(fields["text"]), **fields["numbers"])

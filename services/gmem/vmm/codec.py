@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from gmem.api.vmm.v1 import vmm_pb2 as pb
 from gmem.uapi.errors import BadRequest, Reason
@@ -16,6 +16,8 @@ from gmem.vmm.core.mmu import Entry
 from gmem.vmm.core.runs import PAGES_LIMIT
 from gmem.vmm.core.vm import Vm
 from gmem.vmm.guest.messages import Left, ResultOf
+
+Invalidate: TypeAlias = pb.InvalidateBeginRequest | pb.InvalidateEndRequest
 
 STAGE2_ENTRIES_SHOWN: Final = 1024
 
@@ -41,9 +43,21 @@ def lineage_from_wire(wire: str) -> Lineage:
     return Lineage(wire or Lineage.RFC_V1)
 
 
-def gfns_from_wire(
-    request: pb.InvalidateBeginRequest | pb.InvalidateEndRequest,
-) -> PgRange:
+def notice_from_message(fields: dict[str, Any]) -> tuple[str, Invalidate]:
+    """Read a message of the broker: "begin" or "end", and of what. BadRequest."""
+    edge = fields.get("edge")
+    if edge not in ("begin", "end"):
+        raise invalid(f"edge {edge!r} is none: say 'begin' or 'end'")
+    try:
+        given = {key: fields[key] for key in ("vm", "gfn", "npages")}
+        return edge, pb.InvalidateBeginRequest(**given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise invalid(
+            f"vm is a name, gfn and npages are numbers of pages: {error}"
+        ) from error
+
+
+def gfns_from_wire(request: Invalidate) -> PgRange:
     """Return the guest frames that are meant; beyond the last there is none."""
     start = min(request.gfn, PAGES_LIMIT)
     return PgRange(start, min(start + request.npages, PAGES_LIMIT))

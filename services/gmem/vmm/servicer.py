@@ -63,6 +63,7 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
         self._registry = registry
         self._guests = guests
         self._broker = broker
+        broker.register("invalidate", self.invalidate)
 
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: Context
@@ -248,22 +249,38 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
     async def InvalidateBegin(
         self, request: pb.InvalidateBeginRequest, context: Context
     ) -> pb.InvalidateBeginResponse:
-        """Zap, tell the guest process, answer: nothing here may wait (V3)."""
+        """Zap, tell the guest process, answer."""
         del context
-        vm = self._registry.get(request.vm)
-        gfns = codec.gfns_from_wire(request)
-        self._notify(vm.name, vm.invalidate_begin(GUEST_MEMFD_KEY, gfns))
+        self._invalidate_begin(request)
         return pb.InvalidateBeginResponse()
 
     async def InvalidateEnd(
         self, request: pb.InvalidateEndRequest, context: Context
     ) -> pb.InvalidateEndResponse:
-        """The change is over: nothing here may wait (V3)."""
+        """The change is over."""
         del context
+        self._invalidate_end(request)
+        return pb.InvalidateEndResponse()
+
+    def invalidate(self, fields: dict[str, Any]) -> None:
+        """Both of them, as a message of the broker: see docs/adr/0030."""
+        edge, request = codec.notice_from_message(fields)
+        if edge == "begin":
+            self._invalidate_begin(request)
+        else:
+            self._invalidate_end(request)
+
+    # Nothing in these two may wait (V3).
+
+    def _invalidate_begin(self, request: codec.Invalidate) -> None:
+        vm = self._registry.get(request.vm)
+        gfns = codec.gfns_from_wire(request)
+        self._notify(vm.name, vm.invalidate_begin(GUEST_MEMFD_KEY, gfns))
+
+    def _invalidate_end(self, request: codec.Invalidate) -> None:
         vm = self._registry.get(request.vm)
         gfns = codec.gfns_from_wire(request)
         self._notify(vm.name, vm.invalidate_end(GUEST_MEMFD_KEY, gfns))
-        return pb.InvalidateEndResponse()
 
     async def Watch(
         self, request: pb.WatchRequest, context: Context

@@ -7,8 +7,9 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ from gmem.client.program import (
     verify,
 )
 from gmem.device import RingDevice
+from gmem.guest_memfd.vmm_link import NoticeSocket
 from gmem.uapi.errors import Errno, InUse, KernelError, Reason, make_error
 from gmem.uapi.pages import PAGE_SIZE, SIZE_2M
 from tests.support.vmm_host import GPA, SIZE, VmmHost, results, vmm_host
@@ -370,22 +372,77 @@ async def test_guest_ends_with_its_vm(host: VmmHost) -> None:
     assert [(r.name, r.slot) for r in asked] == [(host.name, 0)]
 
 
-async def test_invalidation_drops_what_is_mapped(host: VmmHost) -> None:
+@pytest.mark.parametrize("way", ["gRPC", "broker"])
+async def test_invalidation_drops_what_is_mapped(host: VmmHost, way: str) -> None:
+    tell = by_grpc(host) if way == "gRPC" else await by_broker(host)
     await host.boot(size=2 * SIZE_2M, flags=2 | 21 << 26)
     await host.convert(0, 2 * SIZE_2M, private=True)
     await host.run(load(GPA, 1), load(GPA + SIZE_2M, 1))
     assert (await host.client.get_stage2(host.vm)).entries_2m == 2
 
     gfn = (GPA >> 12) + 5
-    await host.client.invalidate_begin(vm=host.vm, gfn=gfn, npages=1)
+    await tell("begin", gfn)
     stage2 = await host.client.get_stage2(host.vm)
     assert stage2.entries_2m == 1
     running = asyncio.create_task(host.run(load(GPA + 5 * PAGE_SIZE, 1)))
     await asyncio.sleep(0.2)
     assert not running.done()
-    await host.client.invalidate_end(vm=host.vm, gfn=gfn, npages=1)
+    await tell("end", gfn)
     await running
     assert (await host.client.get_stage2(host.vm)).entries_2m == 2
+
+
+Tell = Callable[[str, int], Awaitable[None]]
+
+
+def by_grpc(host: VmmHost) -> Tell:
+    async def tell(edge: str, gfn: int) -> None:
+        client = host.client
+        begin = edge == "begin"
+        call = client.invalidate_begin if begin else client.invalidate_end
+        await call(vm=host.vm, gfn=gfn, npages=1)
+
+    return tell
+
+
+async def by_broker(host: VmmHost) -> Tell:
+    hello = {"op": "hello", "client": "guest_memfd", "incarnation": "1"}
+    notices = await NoticeSocket.open(host.broker.path, hello, 10)
+
+    async def tell(edge: str, gfn: int) -> None:
+        fields = {"edge": edge, "vm": host.vm, "gfn": gfn, "npages": 1}
+        await notices.ask({"op": "invalidate", **fields}, 10)
+        if edge == "end":
+            notices.close("the test is over")
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"edge": "middle"}, Reason.ARGUMENT_INVALID),
+        ({"edge": None}, Reason.ARGUMENT_INVALID),
+        ({"gfn": -1}, Reason.ARGUMENT_INVALID),
+        ({"gfn": 1 << 64}, Reason.ARGUMENT_INVALID),
+        ({"npages": "many"}, Reason.ARGUMENT_INVALID),
+        ({"vm": 7}, Reason.ARGUMENT_INVALID),
+        ({"vm": "hosts/h/vms/nobody"}, Reason.VM_UNKNOWN),
+    ],
+    ids=str,
+)
+async def test_a_wrong_invalidation_is_refused_and_the_connection_stays(
+    host: VmmHost, wrong: dict[str, Any], reason: Reason
+) -> None:
+    await host.boot()
+    hello = {"op": "hello", "client": "guest_memfd", "incarnation": "1"}
+    notices = await NoticeSocket.open(host.broker.path, hello, 10)
+    right = {"op": "invalidate", "edge": "end", "vm": host.vm, "gfn": 0, "npages": 1}
+    with pytest.raises(KernelError) as refused:
+        await notices.ask(right | wrong, 10)
+    assert refused.value.reason is reason
+    await notices.ask(right, 10)
+    notices.close("the test is over")
 
 
 async def test_page_that_is_refused_during_another_invalidation_is_waited_for(
