@@ -263,7 +263,7 @@ class VmmServicer(vmm_pb2_grpc.VmmServiceServicer):
         return pb.InvalidateEndResponse()
 
     def invalidate(self, fields: dict[str, Any]) -> None:
-        """Both of them, as a message of the broker: see docs/adr/0030."""
+        """Both of them, as a message of the broker; see `guest_memfd/vmm_link.py`."""
         edge, request = codec.notice_from_message(fields)
         if edge == "begin":
             self._invalidate_begin(request)
