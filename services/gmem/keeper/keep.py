@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gmem.keeper import mounts
+from gmem.keeper import mounts, pids
 from gmem.keeper.making import Held, log
 from gmem.keeper.restarts import Restarts, ServicePlan, spawn
 from gmem.keeper.shelf import Shelf
@@ -43,8 +43,6 @@ from gmem.runtime.mappings import can_see_other_processes
 from gmem.uapi.errors import BadRequest
 
 SOCKET_NAME: Final = "keeper.sock"
-PID_NAME: Final = "guest_memfd.pid"
-"""Pid and start time of the service that holds the descriptors now."""
 EXIT_OK: Final = 0
 EXIT_SERVICE_DIED: Final = 3
 TAKE_OVER_SECONDS_MAX: Final = 30.0
@@ -178,11 +176,8 @@ class Keeper:
         )
 
     def _note_pid(self, pid: int) -> None:
-        """Write down who serves, for people who look: the first one did not stay."""
-        path = self._options.run_dir / PID_NAME
-        fresh = path.with_suffix(".new")
-        fresh.write_text(f"{pid} {_start_time(pid)}\n", encoding="ascii")
-        fresh.replace(path)
+        """Write down who serves: the first one did not stay."""
+        pids.write(self._options.run_dir / pids.SERVICE, pid)
 
     # The service speaks.
 
@@ -364,7 +359,7 @@ class Keeper:
 
         Its other threads have ended when its leader is a zombie for a while.
         """
-        if not _is_zombie(self._service_pid) or _is_readable(control):
+        if not pids.is_zombie(self._service_pid) or _is_readable(control):
             self._zombie_since = 0.0
         elif not self._zombie_since:
             self._zombie_since = now
@@ -390,7 +385,7 @@ def end(held: Held, mount_point: Path | None, run_dir: Path) -> None:
     if mount_point is not None and mounts.mounted_at(mount_point):
         mounts.detach(mount_point, force=True)
     with contextlib.suppress(FileNotFoundError):
-        (run_dir / PID_NAME).unlink()
+        (run_dir / pids.SERVICE).unlink()
     if held.backend is Backend.MEMFD:
         return
     try:
@@ -410,39 +405,13 @@ def clean_stale(mount_point: Path) -> None:
 
 def is_served(run_dir: Path) -> bool:
     """Tell whether the service that an earlier keeper noted still lives."""
-    try:
-        pid, start_time = (run_dir / PID_NAME).read_text(encoding="ascii").split()
-        return _start_time(int(pid)) == int(start_time)
-    except (OSError, ValueError):
-        return False
-
-
-def _start_time(pid: int) -> int:
-    """Return when a process began, in ticks since boot (field 22 of stat); 0: gone."""
-    fields = _stat_fields(pid)
-    return int(fields[19]) if fields else 0
-
-
-def _is_zombie(pid: int) -> bool:
-    """Tell whether a process's leader has ended; 0 is one of another pid namespace."""
-    if pid == 0:
-        return False
-    fields = _stat_fields(pid)
-    return not fields or fields[0] in {"Z", "X"}
+    return pids.is_alive(run_dir / pids.SERVICE)
 
 
 def _is_readable(control: socket.socket) -> bool:
     poll = select.poll()
     poll.register(control, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _stat_fields(pid: int) -> list[str]:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return text.rpartition(")")[2].split()
 
 
 def _tell(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gmem.keeper import keep
+from gmem.keeper import keep, pids
 
 
 def note(run_dir: Path, pid: int) -> None:
-    line = f"{pid} {keep._start_time(pid)}\n"
-    (run_dir / keep.PID_NAME).write_text(line)
+    line = f"{pid} {pids.start_time(pid)}\n"
+    (run_dir / pids.SERVICE).write_text(line)
 
 
 def test_a_service_that_lives_is_found(tmp_path: Path) -> None:
@@ -34,5 +34,5 @@ def test_what_is_no_note_of_a_living_service_counts_as_none(
     tmp_path: Path, line: str
 ) -> None:
     assert not keep.is_served(tmp_path)
-    (tmp_path / keep.PID_NAME).write_text(line.format(pid=os.getpid()))
+    (tmp_path / pids.SERVICE).write_text(line.format(pid=os.getpid()))
     assert not keep.is_served(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gmem.keeper import keep
+from gmem.keeper import keep, pids
 from gmem.keeper.keep import Keeper, Options
 from gmem.keeper.making import Held
 from gmem.runtime import fdpass
@@ -101,7 +101,7 @@ def test_who_serves_is_written_down(
 ) -> None:
     keeper = Keeper(held, listener, Options(tmp_path))
     keep_for(keeper, listener, say("stopping"))
-    pid, start_time = (tmp_path / keep.PID_NAME).read_text().split()
+    pid, start_time = (tmp_path / pids.SERVICE).read_text().split()
     assert int(pid) == os.getpid()
     stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     assert start_time == stat[19]
