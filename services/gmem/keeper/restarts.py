@@ -1,7 +1,10 @@
-"""Starting the service again: at once after a long life, slower after a short one.
+"""Starting the service again: at once, and slower when it dies again and again.
 
-After RESTARTS_MAX in RESTART_SECONDS it is given up: something is wrong that another
-start does not mend, and clients must not wait for ever.
+The first half of the starts that it has in RESTART_SECONDS is spent at once: whoever
+waits for it should not wait for a pause, and the same crash seldom follows. Of the
+other half each start after a short life comes later than the one before, so that what
+passes (memory was short) has time to pass. After RESTARTS_MAX it is given up: something
+is wrong that another start does not mend, and clients must not wait for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ RESTARTS_MAX: Final = 5
 RESTART_SECONDS: Final = 30.0
 LONG_LIFE_SECONDS: Final = 1.0
 """A service that served this long is started again without a pause."""
-PAUSE_SECONDS: Final = 0.1
+PAUSE_SECONDS: Final = 0.5
 """The first pause; doubled after each short life, up to PAUSE_SECONDS_MAX."""
 PAUSE_SECONDS_MAX: Final = 5.0
 
@@ -50,7 +53,7 @@ class Restarts:
             self._times.popleft()
         if len(self._times) >= self.limit:
             return None
-        if lived >= LONG_LIFE_SECONDS:
+        if lived >= LONG_LIFE_SECONDS or len(self._times) < self.limit // 2:
             self._pause = 0.0
         else:
             self._pause = min(max(2 * self._pause, PAUSE_SECONDS), PAUSE_SECONDS_MAX)
