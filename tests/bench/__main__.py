@@ -89,7 +89,11 @@ def _measure(
     results: list[Result] = []
     on_one_host = [row for row in chosen if row in ROWS]
     if on_one_host:
-        with running_host(SMALL, VMMS, under=TMPFS) as host, worker_process() as worker:
+        with (
+            # Nothing is to load while something is measured.
+            running_host(SMALL, VMMS, under=TMPFS, spare=False) as host,
+            worker_process() as worker,
+        ):
             for row in on_one_host:
                 target = targets[row]
                 measure = _on_one_host(host, worker, target, rounds)

@@ -62,7 +62,8 @@ def large_host(target: Target, rounds: int) -> Result:
     with ExitStack() as stack:
         enter = stack.enter_context
         hosts = [
-            enter(running_host(shape, VMMS, under=TMPFS)) for shape in (LARGE, TINY)
+            enter(running_host(shape, VMMS, under=TMPFS, spare=False))
+            for shape in (LARGE, TINY)
         ]
         workers = [enter(worker_process()) for _ in hosts]
 

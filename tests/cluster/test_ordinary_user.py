@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gmem.ctl.launcher import log_lines
+from gmem.keeper.pids import SPARE
 from gmem.testing.watchdog import FuseWatchdog
 from tests.support.hosts import wait_until
 from tests.support.ordinary_user import ROOT, UserPlace, user_place
@@ -135,6 +136,8 @@ def test_a_killed_guest_memfd_is_not_felt(place: UserPlace) -> None:
             assert writer.stdin is not None
             assert writer.stdout is not None
             assert writer.stdout.readline() == "wrote\n"
+            wait_until((run_dir / SPARE).exists, "a spare")
+            spare = int((run_dir / SPARE).read_text().split()[0])
             first = pid_of(run_dir, "guest_memfd")
             os.kill(first, signal.SIGKILL)
             writer.stdin.write("go on\n")
@@ -142,6 +145,7 @@ def test_a_killed_guest_memfd_is_not_felt(place: UserPlace) -> None:
             assert writer.stdout.readline() == "reported\n"
             wait_until(lambda: pid_of(run_dir, "guest_memfd") != first, "a successor")
             assert place.gmemctl("status", "--wait", "30").returncode == 0
+            assert pid_of(run_dir, "guest_memfd") == spare
             writer.stdin.write("end\n")
         assert writer.returncode == 0
 

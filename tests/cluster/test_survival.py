@@ -43,7 +43,6 @@ PATIENT = Patience(timeout=60, attempts=500, total=60, longest_pause=0.1)
 WRITTEN = 64
 """Pages that a writer counts up in, at the start of a huge page of its own."""
 CONVERTED = range(2 * SIZE_2M, 3 * SIZE_2M, 16 * PAGE_SIZE)
-SERVED_SECONDS_MAX = 30.0
 
 
 @dataclass
@@ -56,6 +55,12 @@ class Load:
     conversions: int = 0
     refused: int = 0
     longest: float = 0.0
+    kills: list[bool] = field(default_factory=list)
+    """Of each kill so far, whether it met a loaded spare."""
+    over: int = 0
+    """How many of them a successor has taken over from."""
+    held: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    """How long conversions took that met kills, by whether all of those had one."""
     private: set[int] = field(default_factory=set)
     stopping: bool = False
 
@@ -66,9 +71,12 @@ class Load:
                 return
             at = CONVERTED[number % len(CONVERTED)]
             private = at not in self.private
-            began = time.monotonic()
+            began, before = time.monotonic(), self.over
             await self.inode.convert(at, 16 * PAGE_SIZE, private=private)
-            self.longest = max(self.longest, time.monotonic() - began)
+            took, met = time.monotonic() - began, self.kills[before:]
+            self.longest = max(self.longest, took)
+            if met:
+                self.held[all(met)].append(took)
             (self.private.add if private else self.private.discard)(at)
             self.conversions += 1
 
@@ -103,6 +111,15 @@ class Load:
         return counted
 
 
+def spread(seconds: list[float]) -> str:
+    if not seconds:
+        return "none"
+    median, p90, most = (
+        sorted(seconds)[int(part * (len(seconds) - 1))] * 1e3 for part in (0.5, 0.9, 1)
+    )
+    return f"{median:.0f} ms (median), {p90:.0f} ms (p90), at most {most:.0f} ms"
+
+
 def written_by(number: int) -> list[int]:
     return [number * SIZE_2M + page * PAGE_SIZE for page in range(WRITTEN)]
 
@@ -130,22 +147,6 @@ async def load_on(host: Host, gmem: GuestMemfdClient) -> AsyncIterator[Load]:
             yield load
         finally:
             load.stopping = True
-
-
-async def served_again(host: Host, pid: int) -> float:
-    """Wait for another service to have taken over from `pid`; the seconds it took."""
-    began = time.monotonic()
-
-    def taken_over() -> bool:
-        lines = [line for line in host.log("keeper") if line["event"] == "taken_over"]
-        return (
-            bool(lines)
-            and lines[-1]["pid"] not in (pid, None)
-            and (lines[-1]["pid"] == host.pid("guest_memfd"))
-        )
-
-    await asyncio.to_thread(wait_until, taken_over, "a successor", SERVED_SECONDS_MAX)
-    return time.monotonic() - began
 
 
 @asynccontextmanager
@@ -186,21 +187,33 @@ async def test_a_service_that_is_killed_again_and_again_is_not_felt(
     async with patient(host) as (allocator, gmem):
         before = await counters(allocator)
         async with load_on(host, gmem) as load:
-            away = []
-            for _ in range(kills):
+            away: dict[bool, list[float]] = {True: [], False: []}
+            for number in range(kills):
                 host.rearm()
+                # Every other one comes as crashes do, seldom enough for a spare to be
+                # loaded; those between come before, or while it is.
+                if number % 2:
+                    await asyncio.to_thread(host.loaded_spare)
                 await asyncio.sleep(moments.uniform(0.05, 1.2))
-                pid = host.pid("guest_memfd")
+                pid, spare = host.pid("guest_memfd"), host.spare_pid()
+                load.kills.append(had := host.spare_is_loaded(spare))
                 host.kill("guest_memfd")
-                away.append(await served_again(host, pid))
+                away[had].append(await host.served_again(pid))
+                load.over = len(load.kills)
+                assert not had or host.pid("guest_memfd") == spare
         stalls = await load.check()
         report_line(
             f"survival: {kills} kills of guest_memfd under 2 writers, "
             f"{load.conversions} conversions, {load.refused} refused ones that "
             f"invalidate: 0 bytes lost, 0 client errors; longest stall of a writer "
-            f"{max(stalls)} ms, of a conversion {load.longest * 1e3:.0f} ms; away "
-            f"at most {max(away) * 1e3:.0f} ms"
+            f"{max(stalls)} ms, of a conversion {load.longest * 1e3:.0f} ms"
         )
+        for had, words in ((True, "met a loaded spare"), (False, "met none")):
+            report_line(
+                f"survival: {len(away[had])} kills {words}: away for "
+                f"{spread(away[had])}; conversions held for {spread(load.held[had])}"
+            )
+        assert away[True] or kills < 2
         assert load.conversions > kills
         await all_is_given_back(host, gmem, allocator, load.inode, before)
 
@@ -245,7 +258,7 @@ async def test_a_keeper_that_is_killed_again_and_again_loses_nothing(
             # And the last keeper can do what the first could.
             pid = host.pid("guest_memfd")
             host.kill("guest_memfd")
-            await served_again(host, pid)
+            await host.served_again(pid)
         stalls = await load.check()
     report_line(
         f"survival: {kills} kills of the keeper, then one of guest_memfd: 0 bytes "
@@ -316,7 +329,7 @@ async def test_holds_wait_for_their_client_and_end_without_it(own_host: Host) ->
         own_host.kill("guest_memfd")
         goes.kill()
         own_host.programs.remove(goes)
-        await served_again(own_host, pid)
+        await own_host.served_again(pid)
         assert len((await inode.get()).holds) == 2
 
         async def one_is_left() -> bool:

@@ -130,6 +130,35 @@ def test_a_killed_guest_memfd_comes_back_and_down_leaves_nothing(
     assert ctl.leftovers() == []
 
 
+@pytest.mark.parametrize("force", [False, True], ids=["down", "force"])
+def test_status_tells_of_a_spare_and_down_ends_it(ctl: Gmemctl, force: bool) -> None:
+    assert ctl("up", *SMALL).status == 0
+    before = ctl.pids("local")
+
+    def spares() -> dict[str, int]:
+        found: dict[str, int] = ctl("status", "--json").json["spares"]
+        return found
+
+    wait_until(lambda: "local" in spares(), "a spare", 60.0)
+    spare = spares()["local"]
+    # It is no service: it is not asked, and nothing is bad without it.
+    assert spare not in before.values()
+    assert ctl.pids("local") == before
+    sentence = f"local: spare process {spare} waits to succeed guest_memfd"
+    assert sentence in ctl("status").out.splitlines()
+
+    down = ctl("down", *(["--force"] if force else []))
+    assert (down.status, down.err) == (0, "")
+    assert ctl.leftovers() == []
+
+
+def test_up_without_a_spare_says_so_to_the_keeper(ctl: Gmemctl) -> None:
+    assert ctl("up", *SMALL, "--no-spare").status == 0
+    command = Path(f"/proc/{ctl.pids('local')['keeper']}/cmdline").read_bytes()
+    assert b"--spare" not in command.split(b"\0")
+    assert ctl("status", "--json").json["spares"] == {}
+
+
 def test_down_force_ends_a_service_that_is_being_started_again(ctl: Gmemctl) -> None:
     assert ctl("up", *SMALL).status == 0
     os.kill(ctl.pids("local")["guest_memfd"], signal.SIGKILL)
@@ -165,6 +194,8 @@ def test_repair_says_when_nobody_has_the_views_any_more(ctl: Gmemctl) -> None:
 
 def test_up_cleans_what_a_crash_of_everything_left(ctl: Gmemctl) -> None:
     assert ctl("up", *SMALL).status == 0
+    # It ends a moment after its keeper.
+    wait_until(lambda: bool(ctl("status", "--json").json["spares"]), "a spare", 60.0)
     for pid in ctl.pids("local").values():
         os.kill(pid, signal.SIGKILL)
     assert list(ctl.base.glob("local/*.sock"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import json
 import re
 import signal
 import socket
@@ -52,6 +53,8 @@ __all__ = ["HOST", "SMALL", "wait_until"]
 ROOT: Final = Path(__file__).parents[2]
 VM: Final = f"hosts/{HOST}/vms/v"
 ANSWER_SECONDS_MAX: Final = 30.0
+SERVED_SECONDS_MAX: Final = 30.0
+SPARE_SECONDS_MAX: Final = 60.0
 SIGBUS: Final = -signal.SIGBUS
 
 
@@ -134,6 +137,8 @@ class Host(EmulatedHost):
     """A running host with its clients and client processes."""
 
     programs: list[Program] = field(default_factory=list)
+    _heard: int = 0
+    _loaded: set[int] = field(default_factory=set)
 
     @asynccontextmanager
     async def clients(
@@ -161,6 +166,52 @@ class Host(EmulatedHost):
         """Start the host again, whose services have all ended; return the new one."""
         self.start_again()
         return self
+
+    async def served_again(self, pid: int) -> float:
+        """Wait for another service to have taken over from `pid`; the seconds it took.
+
+        They count from now to the keeper's own word, however late it is heard.
+        """
+        began = time.time()
+        found: list[float] = []
+
+        def taken_over() -> bool:
+            successor = self.pid("guest_memfd")
+            found[:] = [] if successor == pid else self._took_over(successor)
+            return bool(found)
+
+        what = "a successor"
+        await asyncio.to_thread(wait_until, taken_over, what, SERVED_SECONDS_MAX)
+        return found[0] - began
+
+    def _took_over(self, pid: int) -> list[float]:
+        lines = [one for one in self.log("keeper") if one["event"] == "taken_over"]
+        return [one["time"] for one in lines if one["pid"] == pid]
+
+    def spare_is_loaded(self, pid: int | None) -> bool:
+        """Whether a spare of guest_memfd has everything loaded, and waits."""
+        with self.directory.log("guest_memfd").open("rb") as log:
+            # Thousands of lines may have been there before.
+            log.seek(self._heard)
+            for line in log:
+                if not line.endswith(b"\n"):
+                    break
+                self._heard += len(line)
+                if b'"loaded"' in line:
+                    self._loaded.add(json.loads(line)["pid"])
+        return pid in self._loaded
+
+    def loaded_spare(self) -> int:
+        """Wait for a spare of guest_memfd that has everything loaded; its pid."""
+        found: list[int] = []
+
+        def loaded() -> bool:
+            pid = self.spare_pid()
+            found[:] = [] if pid is None else [pid]
+            return self.spare_is_loaded(pid)
+
+        wait_until(loaded, "a loaded spare", SPARE_SECONDS_MAX)
+        return found[0]
 
     def end_programs(self) -> None:
         while self.programs:
@@ -343,6 +394,7 @@ def running_host(
     under: str = "/tmp",
     restarts_max: int = 5,
     user: tuple[int, int] | None = None,
+    spare: bool = True,
     backend: Backend = Backend.FUSE,
 ) -> Iterator[Host]:
     """As gmem.testing.hosts has it, with programs; skipped where it cannot be."""
@@ -355,6 +407,7 @@ def running_host(
         under=under,
         restarts_max=restarts_max,
         user=user,
+        spare=spare,
         backend=backend,
     ) as emulated:
         host = Host(

@@ -28,6 +28,13 @@ Repair: TypeAlias = Annotated[
         "--repair", help="Start the keeper of a running host again, nothing else."
     ),
 ]
+Spare: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        help="Have a successor of guest_memfd loaded beforehand: it takes 46 MB, and "
+        "a crash is over in some tenths of a second, not in seconds."
+    ),
+]
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON document, also for an error.")
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from gmem.ctl.errors import ControlError
-from gmem.keeper import fusermount
+from gmem.keeper import fusermount, pids
 
 SUN_PATH_MAX: Final = 107
 """Bytes of a UNIX socket's path (struct sockaddr_un, without the final zero)."""
@@ -50,7 +50,12 @@ class HostDirectory:
     @property
     def service_pid(self) -> Path:
         """Pid and start time of the guest_memfd service, written by the keeper."""
-        return self.path / "guest_memfd.pid"
+        return self.path / pids.SERVICE
+
+    @property
+    def spare_pid(self) -> Path:
+        """The same of a successor that waits to be started; missing without one."""
+        return self.path / pids.SPARE
 
     def log(self, service: str) -> Path:
         """Return where a service's JSON lines go."""

@@ -29,7 +29,7 @@ from gmem.client.health import check_health
 from gmem.ctl import stopper
 from gmem.ctl.directories import HostDirectory, locked
 from gmem.ctl.errors import ControlError, ExitStatus
-from gmem.ctl.processes import record, spawn
+from gmem.ctl.processes import record, spawn, wait_gone
 from gmem.ctl.state import (
     RESTARTED,
     HostState,
@@ -39,15 +39,16 @@ from gmem.ctl.state import (
     require_state,
     write_state,
 )
+from gmem.keeper.restarts import HELD
 from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape
 from gmem.uapi.errors import TransportError
 
 READY_SECONDS_MAX: Final = 60.0
+ENDING_SECONDS_MAX: Final = 10.0
 RESTARTS_MAX: Final = 5
 _POLL_SECONDS: Final = 0.02
 _REASON_CHARS_MAX: Final = 600
-_HELD: Final = "--start-on-stdin"
 
 _Child: TypeAlias = "subprocess.Popen[bytes]"
 
@@ -63,6 +64,8 @@ class Plan:
     """uid and gid of all services but the keeper; None: our own."""
     restarts_max: int = RESTARTS_MAX
     """How often the keeper starts guest_memfd again in half a minute."""
+    spare: bool = True
+    """Whether the keeper has a successor of guest_memfd loaded beforehand."""
     backend: Backend | None = None
     """How views are served; None: by FUSE."""
 
@@ -99,6 +102,7 @@ async def start(
             uid=uid,
             gid=gid,
             restarts_max=plan.restarts_max,
+            spare=plan.spare,
             backend=(plan.backend or Backend.FUSE).value,
         )
         write_state(directory, state)
@@ -211,8 +215,11 @@ def clean_leftovers(
 
 
 def _require_ended(directory: HostDirectory, state: HostState) -> None:
-    running = [service.process for service in state.running]
-    left = running or (state.others() if state.current else [])
+    left = [service.process for service in state.running]
+    running = bool(left)
+    if state.current and not running:
+        # What ends with a service of its own accord may need a moment.
+        left = wait_gone(state.others(), ENDING_SECONDS_MAX)
     if not left:
         return
     pids = ", ".join(f"{process.name} {process.pid}" for process in left)
@@ -267,7 +274,7 @@ def _spawn(directory: HostDirectory, state: HostState, service: _Service) -> _Ch
         state.tag,
         directory.log(name),
         user,
-        stdin=subprocess.PIPE if _HELD in service.arguments else subprocess.DEVNULL,
+        stdin=subprocess.PIPE if HELD[0] in service.arguments else subprocess.DEVNULL,
     )
 
 
@@ -294,6 +301,7 @@ async def _keeper(
     arguments = (
         *("gmem.keeper", "--run-dir", str(directory.path), *what, *user),
         *("--restarts-max", str(state.restarts_max)),
+        *(("--spare",) if state.spare else ()),
         *("--service-log", str(directory.log(RESTARTED)), "--"),
         *(sys.executable, "-m", *_service(directory, state, RESTARTED).arguments),
     )
@@ -307,7 +315,7 @@ def _service(
     arguments = (
         *(f"gmem.{kind}", "--run-dir", str(directory.path)),
         *("--host", directory.host, "--name", name, "--backend", state.backend),
-        *((_HELD, "1") if held else ()),
+        *(HELD if held else ()),
     )
     return _Service(name, arguments, f"unix:{directory.socket(name)}.sock")
 

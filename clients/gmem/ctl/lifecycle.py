@@ -23,6 +23,7 @@ from gmem.ctl.state import (
     ServiceRecord,
     read_state,
     require_state,
+    spare_of,
 )
 from gmem.uapi.errors import TransportError
 
@@ -53,18 +54,25 @@ def up(plan: launcher.Plan, *, as_json: bool) -> None:
     """Start a host and print its services. Raises ControlError."""
     tell = _quiet if as_json else _tell
     state = asyncio.run(launcher.start(plan, tell))
-    statuses = asyncio.run(_statuses([state]))
     # People have heard of limits already.
-    limits = _limits(plan.directory.base, [state]) if as_json else {}
-    _print_statuses(statuses, limits, as_json=as_json)
+    _print_statuses(
+        asyncio.run(_statuses([state])),
+        _limits(plan.directory.base, [state]) if as_json else {},
+        _spares(plan.directory.base, [state]),
+        as_json=as_json,
+    )
 
 
 def repair(directory: HostDirectory, *, as_json: bool) -> None:
     """Start the keeper of a host again and print its services. Raises ControlError."""
     tell = _quiet if as_json else _tell
     state = asyncio.run(launcher.repair(directory, tell))
-    statuses = asyncio.run(_statuses([state]))
-    _print_statuses(statuses, _limits(directory.base, [state]), as_json=as_json)
+    _print_statuses(
+        asyncio.run(_statuses([state])),
+        _limits(directory.base, [state]),
+        _spares(directory.base, [state]),
+        as_json=as_json,
+    )
 
 
 def status(base: Path, host: str | None, *, wait_seconds: float, as_json: bool) -> bool:
@@ -87,7 +95,8 @@ def status(base: Path, host: str | None, *, wait_seconds: float, as_json: bool) 
             )
     statuses = asyncio.run(_good_statuses(states, wait_seconds))
     here = [] if found is not None else states
-    _print_statuses(statuses, _limits(base, here), as_json=as_json)
+    limits, spares = _limits(base, here), _spares(base, here)
+    _print_statuses(statuses, limits, spares, as_json=as_json)
     return all(one.good for one in statuses)
 
 
@@ -170,11 +179,23 @@ def _limits(base: Path, states: list[HostState]) -> dict[str, list[str]]:
     return {host: sentences for host, sentences in found.items() if sentences}
 
 
+def _spares(base: Path, states: list[HostState]) -> dict[str, int]:
+    """Return the pids of the spares that wait now, by host; they are no services."""
+    here = [state.host for state in states if state.current]
+    found = {host: spare_of(HostDirectory(base, host)) for host in here}
+    return {host: spare.pid for host, spare in found.items() if spare is not None}
+
+
 def _print_statuses(
-    statuses: list[ServiceStatus], limits: dict[str, list[str]], *, as_json: bool
+    statuses: list[ServiceStatus],
+    limits: dict[str, list[str]],
+    spares: dict[str, int],
+    *,
+    as_json: bool,
 ) -> None:
     if as_json:
-        print_json({"services": [asdict(one) for one in statuses], "limits": limits})
+        services = [asdict(one) for one in statuses]
+        print_json({"services": services, "limits": limits, "spares": spares})
         return
     columns = ("HOST", "SERVICE", "PID", "STATE", "BACKEND", "TARGET")
     rows = [
@@ -182,6 +203,8 @@ def _print_statuses(
         for s in statuses
     ]
     print_table(columns, rows)
+    for host, pid in spares.items():
+        _tell(f"{host}: spare process {pid} waits to succeed {RESTARTED}")
     for host, sentences in limits.items():
         for sentence in sentences:
             _tell(f"{host}: {sentence}")

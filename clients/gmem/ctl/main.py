@@ -20,6 +20,7 @@ from gmem.ctl.arguments import (
     Pools,
     Repair,
     RunDir,
+    Spare,
     directory_of,
     state_of,
 )
@@ -76,6 +77,7 @@ def up(
         ),
     ] = None,
     backend: ChosenBackend = None,
+    spare: Spare = True,
     repair: Repair = False,
     run_dir: RunDir = None,
     as_json: Json = False,
@@ -94,7 +96,7 @@ def up(
             in_place_conversion=gmem_in_place_conversion,
         )
         who = None if user is None else options.parse_user(user)
-        plan = Plan(directory, shape, vmms, user=who, backend=backend)
+        plan = Plan(directory, shape, vmms, user=who, spare=spare, backend=backend)
         lifecycle.up(plan, as_json=as_json)
 
 

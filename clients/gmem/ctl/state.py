@@ -47,6 +47,8 @@ class HostState:
     gid: int = -1
     restarts_max: int = 5
     """How often the keeper starts guest_memfd again in half a minute."""
+    spare: bool = True
+    """Whether the keeper has a successor of guest_memfd loaded beforehand."""
     backend: str = Backend.FUSE.value
     """How guest_memfd serves views; not known of a host that somebody else runs."""
 
@@ -93,13 +95,11 @@ class HostState:
 
         The keeper starts it again after a crash, and writes down who it is.
         """
-        try:
-            text = directory.service_pid.read_text(encoding="ascii")
-        except FileNotFoundError:
+        found = _written_down(directory.service_pid)
+        if found is None:
             return self
-        pid, start_time = (int(word) for word in text.split())
         services = [
-            replace(one, pid=pid, start_time=start_time)
+            replace(one, pid=found.pid, start_time=found.start_time)
             if one.name == RESTARTED
             else one
             for one in self.services
@@ -114,6 +114,12 @@ class HostState:
         at = names.index(service.name)
         rest = self.services[at + 1 :]
         return replace(self, services=(*self.services[:at], service, *rest))
+
+
+def spare_of(directory: HostDirectory) -> ProcessRecord | None:
+    """Return the successor of guest_memfd that waits to be started, if one lives."""
+    found = _written_down(directory.spare_pid)
+    return found if found is not None and found.alive else None
 
 
 def boot_id() -> str:
@@ -156,6 +162,16 @@ def require_state(directory: HostDirectory) -> HostState:
             ExitStatus.UNREACHABLE,
         )
     return state
+
+
+def _written_down(path: Path) -> ProcessRecord | None:
+    """Return the process that a keeper wrote down, alive or not; None: it has none."""
+    try:
+        text = path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    pid, start_time = (int(word) for word in text.split())
+    return ProcessRecord(RESTARTED, pid, start_time)
 
 
 def _from_json(values: dict[str, Any]) -> HostState:

@@ -25,7 +25,7 @@ from typing import Any, Final
 from gmem.ctl import launcher, stopper
 from gmem.ctl.directories import HostDirectory
 from gmem.ctl.processes import exit_status
-from gmem.ctl.state import HostState, require_state
+from gmem.ctl.state import HostState, require_state, spare_of
 from gmem.runtime.backend import Backend
 from gmem.runtime.config import HostShape, NodeShape
 from gmem.testing.leaks import wait_for_none
@@ -74,6 +74,11 @@ class EmulatedHost:
     def pid(self, service: str) -> int:
         """Return the process that plays it now: the keeper restarts guest_memfd."""
         return require_state(self.directory).service(service).pid
+
+    def spare_pid(self) -> int | None:
+        """Return the successor of guest_memfd that waits to be started, if any does."""
+        spare = spare_of(self.directory)
+        return None if spare is None else spare.pid
 
     def kill(self, service: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Signal a service."""
@@ -132,6 +137,7 @@ def running_host(
     under: str = "/tmp",  # noqa: S108 - a socket's path has to be short
     restarts_max: int = launcher.RESTARTS_MAX,
     user: tuple[int, int] | None = None,
+    spare: bool = True,
     backend: Backend = Backend.FUSE,
 ) -> Iterator[EmulatedHost]:
     """Start a host below a short path of its own; stop it, and audit what is left.
@@ -148,6 +154,7 @@ def running_host(
             nr_vmms,
             restarts_max=restarts_max,
             user=user,
+            spare=spare,
             backend=backend,
         )
         with _watchdog(backend) as watchdog:

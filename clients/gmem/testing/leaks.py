@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
-def leftovers(root: Path) -> list[str]:
+def leftovers(root: Path, *, apart_from: Collection[int] = ()) -> list[str]:
     """One sentence for each process, mount and socket that still belongs to `root`.
 
     A process belongs to `root` when its command line or its environment names it.
     """
     needle = re.compile(re.escape(os.fsencode(root)) + rb"(?![\w.-])")
-    return [*_processes(needle), *_mounts(str(root)), *_sockets(str(root))]
+    left_out = {os.getpid(), *apart_from}
+    return [*_processes(needle, left_out), *_mounts(str(root)), *_sockets(str(root))]
 
 
 def wait_for_none(root: Path, seconds_max: float) -> list[str]:
@@ -30,9 +31,9 @@ def wait_for_none(root: Path, seconds_max: float) -> list[str]:
     return left
 
 
-def _processes(needle: re.Pattern[bytes]) -> Iterator[str]:
+def _processes(needle: re.Pattern[bytes], left_out: set[int]) -> Iterator[str]:
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if not entry.name.isdigit() or int(entry.name) in left_out:
             continue
         try:
             command = (entry / "cmdline").read_bytes()

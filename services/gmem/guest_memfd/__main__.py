@@ -28,7 +28,6 @@ from gmem.guest_memfd.view.handover import Handover
 from gmem.guest_memfd.view.session import ViewSession
 from gmem.guest_memfd.views import Contents, Views
 from gmem.guest_memfd.wait_ports import WaitPorts
-from gmem.runtime import log
 from gmem.runtime.backend import Backend
 from gmem.runtime.broker import Broker
 from gmem.runtime.config import HostShape, ServiceConfig
@@ -49,7 +48,6 @@ ALLOCATOR_PATIENCE = Patience(attempts=20, total=5.0, longest_pause=0.5)
 def main(argv: Sequence[str] | None = None) -> int:
     """Take the descriptors over and serve; return the exit status."""
     config = ServiceConfig.load("guest_memfd", argv)
-    log.configure(service=config.name, host=config.host, level=config.log_level)
     if not wait_for_start(config):
         return 0
     try:

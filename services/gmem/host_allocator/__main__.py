@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from gmem.host_allocator import codec, servicer
 from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.rows import HostRows, fits, restore
-from gmem.runtime import log
 from gmem.runtime.config import HostShape, ServiceConfig
 from gmem.runtime.journal import Journal, JournalRefusedError
 from gmem.runtime.log import logger
@@ -37,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = HostShape.load(config)
         memory = codec.host_memory(shape, first_handle=first_handle())
     except (OSError, ValueError) as error:
-        log.configure(service=config.name, host=config.host, level=config.log_level)
         logger.critical("cannot boot", error=str(error))
         return EXIT_USAGE
 

@@ -6,7 +6,8 @@
 With the backend memfd it needs no privilege and no /dev/fuse. GMEM_BACKEND chooses it
 too; nothing else does.
 COMMAND starts the service again after a crash; without one the keeper waits until
-somebody else has. Exit status: 0 when the service stopped in order or on SIGTERM, 1
+somebody else has. With --spare one successor is loaded beforehand: COMMAND and the
+flag --start-on-stdin. Exit status: 0 when the service stopped in order or on SIGTERM, 1
 when it cannot start, 3 when the service died and was given up: the connection is
 aborted then and mappings fail closed.
 """
@@ -128,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--service-uid", type=int)
     parser.add_argument("--service-gid", type=int)
     parser.add_argument("--restarts-max", type=_positive, default=RESTARTS_MAX)
+    parser.add_argument("--spare", action="store_true")
     parser.add_argument(
         "--take-over-seconds", type=float, default=keep.TAKE_OVER_SECONDS_MAX
     )
@@ -138,6 +140,8 @@ def _arguments() -> argparse.Namespace:
             parser.error("--mount-point: the backend memfd has no mount")
     elif (arguments.store_pages is None) is not arguments.take_back:
         parser.error("give --store-pages N for new views, or --take-back")
+    if arguments.spare and not arguments.command:
+        parser.error("--spare: give the COMMAND that it is a spare of")
     return arguments
 
 
@@ -148,6 +152,7 @@ def _plan(arguments: argparse.Namespace) -> ServicePlan:
         uid=arguments.service_uid,
         gid=arguments.service_gid,
         restarts_max=arguments.restarts_max,
+        spare=arguments.spare,
     )
 
 

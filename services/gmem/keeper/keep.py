@@ -36,6 +36,7 @@ from gmem.keeper import mounts, pids
 from gmem.keeper.making import Held, log
 from gmem.keeper.restarts import Restarts, ServicePlan, spawn
 from gmem.keeper.shelf import Shelf
+from gmem.keeper.spare import QUIET_SECONDS, SETTLE_SECONDS, Spare
 from gmem.keeper.stand_in import StandIn
 from gmem.runtime import fdpass
 from gmem.runtime.backend import Backend
@@ -90,6 +91,7 @@ class Keeper:
         self._served_since = 0.0
         self._zombie_since = 0.0
         self._restarts = Restarts(options.service.restarts_max)
+        self._spare = Spare(options.service, options.run_dir)
         self._children: list[subprocess.Popen[bytes]] = []
         self._start_at: float | None = None
         self._give_up_at: float | None = None
@@ -111,6 +113,7 @@ class Keeper:
 
     def close(self) -> None:
         """Close what is ours; a service that is being started is ended."""
+        self._spare.close()
         for child in self._children:
             if child.poll() is None:
                 child.kill()
@@ -232,9 +235,10 @@ class Keeper:
                 self._take_back(fields, backend, [fds.pop(0) for _ in range(len(fds))])
 
     def _serving(self) -> None:
-        now = time.monotonic()
-        if self._served_since:
+        now, successor = time.monotonic(), self._served_since > 0
+        if successor:
             log("taken_over", pid=self._service_pid)
+        self._spare.want(now + (SETTLE_SECONDS if successor else QUIET_SECONDS))
         self._served_since = now
         self._give_up_at = None
         point, held = self._options.mount_point, self.held
@@ -323,8 +327,9 @@ class Keeper:
 
     def _start(self) -> None:
         self._start_at = None
+        spare = self._spare.take()
         try:
-            child = spawn(self._options.service)
+            child = spare or spawn(self._options.service)
         except OSError as error:
             log("cannot_restart", error=str(error))
             self._plan_restart()
@@ -332,11 +337,12 @@ class Keeper:
         self._children.append(child)
         self._starting = child.pid
         self._note_pid(child.pid)
-        log("restarted", pid=child.pid)
+        log("restarted", pid=child.pid, spare=spare is not None)
 
     def _look(self) -> None:
         """Look at what no descriptor tells: time, children, half-dead services."""
         now = time.monotonic()
+        self._spare.look(now)
         ended = [child for child in self._children if child.poll() is not None]
         self._children = [child for child in self._children if child not in ended]
         if self._control is not None:

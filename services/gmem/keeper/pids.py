@@ -7,6 +7,8 @@ from typing import Final
 
 SERVICE: Final = "guest_memfd.pid"
 """The service that holds the descriptors now, or is being started."""
+SPARE: Final = "guest_memfd.spare"
+"""A successor that waits to be started: no service."""
 
 
 def write(path: Path, pid: int) -> None:

@@ -23,6 +23,8 @@ LONG_LIFE_SECONDS: Final = 1.0
 PAUSE_SECONDS: Final = 0.5
 """The first pause; doubled after each short life, up to PAUSE_SECONDS_MAX."""
 PAUSE_SECONDS_MAX: Final = 5.0
+HELD: Final = ("--start-on-stdin", "1")
+"""What has the service load everything and then wait for a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class ServicePlan:
     uid: int | None = None
     gid: int | None = None
     restarts_max: int = RESTARTS_MAX
+    spare: bool = False
+    """Whether a successor is loaded before it is needed."""
 
 
 @dataclass(slots=True)
@@ -61,15 +65,18 @@ class Restarts:
         return now + self._pause
 
 
-def spawn(plan: ServicePlan) -> subprocess.Popen[bytes]:
-    """Start the service in a session of its own. OSError where that fails."""
+def spawn(plan: ServicePlan, *, held: bool = False) -> subprocess.Popen[bytes]:
+    """Start the service in a session of its own. OSError where that fails.
+
+    One that is `held` starts when it gets a line on its stdin.
+    """
     log = os.open(
         plan.log or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     )
     try:
         return subprocess.Popen(
-            plan.command,
-            stdin=subprocess.DEVNULL,
+            [*plan.command, *(HELD if held else ())],
+            stdin=subprocess.PIPE if held else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd="/",

@@ -209,8 +209,15 @@ async def serving(config: ServiceConfig, start: Start) -> AsyncIterator[Runtime]
 
 
 def wait_for_start(config: ServiceConfig) -> bool:
-    """Return True when the service may start; False where nobody says so any more."""
-    return not config.start_on_stdin or bool(sys.stdin.buffer.readline())
+    """Return True when the service may start; False where nobody says so any more.
+
+    What the service logs from now on is as its configuration says.
+    """
+    log.configure(service=config.name, host=config.host, level=config.log_level)
+    if not config.start_on_stdin:
+        return True
+    logger.info("loaded", pid=os.getpid())
+    return bool(sys.stdin.buffer.readline())
 
 
 def run_service(config: ServiceConfig, start: Start) -> int:

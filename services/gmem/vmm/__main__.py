@@ -10,7 +10,6 @@ from typing import Final
 
 from gmem.api.vmm.v1 import vmm_pb2, vmm_pb2_grpc
 from gmem.client import GuestMemfdClient
-from gmem.runtime import log
 from gmem.runtime.broker import Broker
 from gmem.runtime.config import HostShape, ServiceConfig
 from gmem.runtime.log import logger
@@ -108,7 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         shape = HostShape.load(config)
     except (OSError, ValueError) as error:
-        log.configure(service=config.name, host=config.host, level=config.log_level)
         logger.critical("cannot boot", error=str(error))
         return EXIT_USAGE
     rules = vm_rules_of(in_place_conversion=shape.gmem_in_place_conversion)

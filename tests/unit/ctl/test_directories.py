@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from gmem.ctl import launcher
 from gmem.ctl.directories import HostDirectory, base_directory, locked
 from gmem.ctl.errors import ControlError, ExitStatus
-from gmem.ctl.processes import record
+from gmem.ctl.processes import TAG_VARIABLE, record
 from gmem.ctl.state import (
     HostState,
     ServiceRecord,
@@ -144,6 +148,37 @@ def test_a_second_up_says_that_the_host_runs(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match=r"runs already.*gmemctl down --host h"):
         launcher.clean_leftovers(directory)
     assert directory.state.exists()
+
+
+@contextmanager
+def broken_host(tmp_path: Path, seconds: float) -> Iterator[tuple[Any, Any]]:
+    """A host whose only service has ended, and a child of that which lasts longer."""
+    directory, tag = HostDirectory(tmp_path, "h"), secrets.token_hex(16)
+    directory.create()
+    write_state(directory, state_of("h", 1, 987654321987, tag=tag))
+    environ = os.environ | {TAG_VARIABLE: tag}
+    with subprocess.Popen(["sleep", str(seconds)], env=environ) as child:
+        try:
+            yield directory, child
+        finally:
+            child.kill()
+
+
+def test_what_ends_with_its_service_is_waited_for(tmp_path: Path) -> None:
+    with broken_host(tmp_path, 0.5) as (directory, child):
+        launcher.clean_leftovers(directory)
+        assert child.poll() == 0
+        assert not directory.path.exists()
+
+
+def test_what_does_not_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "ENDING_SECONDS_MAX", 0.1)
+    with broken_host(tmp_path, 60.0) as (directory, child):
+        with pytest.raises(ControlError, match=f"is broken.* {child.pid}: .*--force"):
+            launcher.clean_leftovers(directory)
+        assert directory.state.exists()
 
 
 def test_reasons_are_found_in_logs(tmp_path: Path) -> None:

@@ -155,7 +155,10 @@ class _Demo:
             yield self.elsewhere
             self.down_in_order = True
             return
-        plan = launcher.Plan(self.directory, host_shape(), backend=self.backend)
+        # Whoever crashes here ends the demo: nobody needs a successor.
+        plan = launcher.Plan(
+            self.directory, host_shape(), spare=False, backend=self.backend
+        )
         state = await launcher.start(plan, self._print)
         try:
             yield state
