@@ -40,9 +40,21 @@ def ctl(backend: Backend) -> Iterator[Gmemctl]:
         yield made
 
 
+# It waits less for a service that does not come back than people would like.
+IMPATIENT_LOADER = """
+from gmem.ctl.demo import loader
+from gmem.runtime import broker_client
+
+broker_client.BACK_SECONDS_MAX = 1.0
+loader.main()
+"""
+
+
 @contextmanager
-def loader() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "gmem.ctl.demo.loader"]
+def loader(
+    run: tuple[str, str] = ("-m", "gmem.ctl.demo.loader"),
+) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, *run]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
@@ -117,7 +129,7 @@ def test_a_token_works_once(ctl: Gmemctl) -> None:
 
 def test_a_service_that_died_is_named_by_the_next_access(ctl: Gmemctl) -> None:
     name, view = asyncio.run(shared_file(ctl))
-    with loader() as child:
+    with loader(("-c", IMPATIENT_LOADER)) as child:
         opened(child, name, view)
         assert "ok" in ask(child, "read", size=4096)
         pids = ctl.pids("local")

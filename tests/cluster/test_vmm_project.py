@@ -59,16 +59,17 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
     build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", base)
     run(sys.executable, *pip, *build, REPOSITORY, cwd=base)
-    run(sys.executable, "-m", "venv", base / "venv", cwd=base)
+    run(sys.executable, "-m", "venv", "--without-pip", base / "venv", cwd=base)
     (base / "pytest.lock").write_text(locked(PYTEST))
     found = base / "venv" / "bin" / "python"
-    install = ("install", "--no-deps", "--no-compile")
-    exact = (*install, "--require-hashes", "--requirement")
-    for lock in (REPOSITORY / "requirements.lock", base / "pytest.lock"):
-        run(found, *pip, *exact, lock, cwd=base)
+    there = (sys.executable, *pip, "--python", found)
+    install = (*there, "install", "--no-deps", "--no-compile")
+    locks = (REPOSITORY / "requirements.lock", base / "pytest.lock")
+    named = [word for lock in locks for word in ("--requirement", lock)]
+    run(*install, "--require-hashes", *named, cwd=base)
     (wheel,) = base.glob("*.whl")
-    run(found, *pip, *install, wheel, cwd=base)
-    run(found, "-m", "pip", "check", cwd=base)
+    run(*install, wheel, cwd=base)
+    run(*there, "check", cwd=base)
     return found
 
 
