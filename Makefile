@@ -105,7 +105,7 @@ mutants: setup ## do the tests find known mistakes? LAYER=conformance|model|sim
 
 .PHONY: cluster
 cluster: setup ## do real processes agree?
-	$(call pytest,cluster,2400,-m cluster tests)
+	$(call pytest,cluster,2400,$(PARALLEL) -m cluster tests)
 
 .PHONY: conformance
 conformance: setup ## does an emulated host do what the list of docs/semantics.md says?
