@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -62,6 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in ("cluster", "compose"):
             if path.startswith(f"{TESTS}/{name}/"):
                 item.add_marker(name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    # Modules and thousands of tests stay to the end: nobody needs to look through them
+    # for garbage again and again.
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
