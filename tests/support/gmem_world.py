@@ -324,6 +324,11 @@ class GmemWorld:
         self.memory.unpoison(e.pfn)
 
     @_do.register
+    def _(self, e: fx.ListErrors) -> dict[int, int]:
+        frames = self.memory.poisoned_frames()
+        return {f.pfn: f.nr_pages for f in frames if f.handle == e.handle}
+
+    @_do.register
     def _(self, e: fx.ScheduleMerge) -> None:
         self.work.append(e.number)
 

@@ -48,12 +48,12 @@ async def compare(service: GuestMemfdService, allocator: HostAllocatorClient) ->
     for _ in range(STRAY_LOOKS_MAX):
         errors = await errors_by_handle(allocator)
         with service.mutex:
-            differences, strays = service.core.differences(errors)
-        for difference in differences:
-            await service.run(service.core.apply_difference(difference))
-            kind = "inode.poisoned" if difference.bad else "inode.unpoisoned"
-            offset = hex(difference.pages.offset)
-            service.record(kind, difference.inode, offset=offset)
+            differing, strays = service.core.differing(errors)
+        for number in differing:
+            for difference in await service.run(service.core.compare_errors(number)):
+                kind = "inode.poisoned" if difference.bad else "inode.unpoisoned"
+                offset = hex(difference.pages.offset)
+                service.record(kind, number, offset=offset)
         if not strays:
             return
         await asyncio.sleep(AGAIN_SECONDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -46,6 +46,7 @@ class RemotePorts:
         performer.register_remote(fx.Unreserve, self._noticing(self._unreserve))
         performer.register_remote(fx.PoisonFrame, self._noticing(self._poison))
         performer.register_remote(fx.UnpoisonFrame, self._noticing(self._unpoison))
+        performer.register_remote(fx.ListErrors, self._noticing(self._list_errors))
         performer.register_remote(fx.InvalidateBegin, self._invalidate_begin)
         performer.register_remote(fx.InvalidateEnd, self._invalidate_end)
 
@@ -112,6 +113,10 @@ class RemotePorts:
 
     async def _unpoison(self, effect: fx.UnpoisonFrame) -> None:
         await self._allocator.unpoison_memory(effect.pfn)
+
+    async def _list_errors(self, effect: fx.ListErrors) -> Mapping[int, int]:
+        frames = await self._allocator.list_memory_errors()
+        return {f.pfn: f.nr_pages for f in frames if f.handle == effect.handle}
 
     async def _invalidate_begin(self, effect: fx.InvalidateBegin) -> None:
         await self._vmm(effect.target).tell(Edge.BEGIN, effect.vm, effect.gfns)

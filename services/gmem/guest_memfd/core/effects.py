@@ -121,6 +121,13 @@ class UnpoisonFrame(Effect[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class ListErrors(Effect[Mapping[int, int]]):
+    """Say which frames of a reservation have errors, in how many pages from each."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
 class InvalidateBegin(Effect[None]):
     """Have the VMM at `target` zap `gfns` of `vm` and hold its vCPUs off them."""
 
@@ -410,6 +417,7 @@ REMOTE: Final = (
     Unreserve,
     PoisonFrame,
     UnpoisonFrame,
+    ListErrors,
     InvalidateBegin,
     InvalidateEnd,
 )

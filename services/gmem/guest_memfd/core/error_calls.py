@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gmem.effects import Op
+from gmem.effects import Op, perform
 from gmem.guest_memfd.core import memory_failure
+from gmem.guest_memfd.core.effects import ListErrors
+from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.inodes import ByteRange, Inodes
 from gmem.guest_memfd.core.lineage import Operation
 from gmem.guest_memfd.core.memory_failure import KillPolicy, MemoryFailure
@@ -18,9 +20,8 @@ from gmem.uapi.pages import PAGE_SIZE, Pfn, PgRange
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Pages of which the allocator says otherwise than their inode."""
+    """Pages of which the allocator said otherwise than their inode."""
 
-    inode: int
     pages: PgRange
     bad: bool
 
@@ -42,15 +43,15 @@ class ErrorCalls(Inodes):
         body = memory_failure.unpoison(inode, pages.start)
         return (yield from self._using([inode], guarded(inode, Operation.ERROR, body)))
 
-    def differences(
+    def differing(
         self, errors: Mapping[int, Mapping[int, int]]
-    ) -> tuple[list[Difference], set[int]]:
+    ) -> tuple[list[int], set[int]]:
         """Compare with what the allocator says of errors: by handle, then by frame.
 
-        Returns what is to be done, and frames of living inodes that are in no filemap
-        (yet): somebody is being handed them, or holds what was punched.
+        Returns the inodes that know otherwise, and frames of living inodes that are in
+        no filemap (yet): somebody is being handed them, or holds what was punched.
         """
-        found: list[Difference] = []
+        found: list[int] = []
         stray: set[int] = set()
         for number in self.numbers:
             inode = self.inode(number)
@@ -58,19 +59,39 @@ class ErrorCalls(Inodes):
             bad = pages_with_errors(inode, said)
             if bad.count < sum(said.values()):
                 stray.update(said)
-            new, old = _without(bad, inode.poisoned), _without(inode.poisoned, bad)
-            found += [Difference(number, part, bad=True) for part in new]
-            found += [Difference(number, part, bad=False) for part in old]
+            if _differences(inode, bad):
+                found.append(number)
         return found, stray
 
-    def apply_difference(self, difference: Difference) -> Op[None]:
-        """Believe the allocator about pages; nothing where the inode is gone."""
-        inode = self.find(difference.inode)
+    def compare_errors(self, number: int) -> Op[list[Difference]]:
+        """Have an inode believe the allocator; return of which pages it did not.
+
+        What the allocator says is asked for while nobody else can change the inode:
+        a folio may have been punched, and a page been poisoned, since somebody looked.
+        """
+        inode = self.find(number)
         if inode is None:
-            return
-        act = memory_failure.hear if difference.bad else memory_failure.forget
-        body = act(inode, difference.pages)
-        yield from self._using([inode], guarded(inode, Operation.ERROR, body))
+            return []
+        body = self._believe(inode)
+        return (yield from self._using([inode], guarded(inode, Operation.ERROR, body)))
+
+    def _believe(self, inode: Inode) -> Op[list[Difference]]:
+        said = yield from perform(ListErrors(inode.handle))
+        found = _differences(inode, pages_with_errors(inode, said))
+        for difference in found:
+            if difference.bad:
+                yield from memory_failure.hear(inode, difference.pages, said)
+            else:
+                yield from memory_failure.forget(inode, difference.pages)
+        return found
+
+
+def _differences(inode: Inode, bad: PageSet) -> list[Difference]:
+    new, old = _without(bad, inode.poisoned), _without(inode.poisoned, bad)
+    return [
+        *[Difference(part, bad=True) for part in new],
+        *[Difference(part, bad=False) for part in old],
+    ]
 
 
 def _without(pages: PageSet, others: PageSet) -> list[PgRange]:

@@ -11,7 +11,7 @@ changes what the views show must be alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
@@ -27,7 +27,7 @@ from gmem.guest_memfd.core.exposure import show, withdraw_value
 from gmem.guest_memfd.core.folios import get_folio
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.invalidation import invalidate_begin, invalidate_end
-from gmem.guest_memfd.core.poison import affected
+from gmem.guest_memfd.core.poison import affected, errors_of_unit
 from gmem.uapi.errors import (
     OPERATION_ERRORS,
     Errno,
@@ -100,10 +100,13 @@ def inject(inode: Inode, pgoff: int, kill: KillPolicy) -> Op[MemoryFailure]:
     return MemoryFailure(pfn, pages, errno, mapped, signalled, dirty)
 
 
-def hear(inode: Inode, bad: PgRange) -> Op[None]:
-    """Do what follows from an error in `bad` that somebody else has found."""
+def hear(inode: Inode, bad: PgRange, errors: Mapping[int, int]) -> Op[None]:
+    """Do what follows from an error in `bad` that somebody else has found.
+
+    `errors` says of which frames (see `pages_with_errors`).
+    """
     for index in bad.huge_starts(inode.order):
-        yield from _hear_unit(inode, bad.intersection(inode.unit_of(index)))
+        yield from _hear_unit(inode, bad.intersection(inode.unit_of(index)), errors)
 
 
 def unpoison(inode: Inode, pgoff: int) -> Op[Pfn]:
@@ -134,17 +137,19 @@ def forget(inode: Inode, healed: PgRange) -> Op[None]:
         yield from show(inode, back)
 
 
-def _hear_unit(inode: Inode, bad: PgRange) -> Op[None]:
+def _hear_unit(inode: Inode, bad: PgRange, errors: Mapping[int, int]) -> Op[None]:
     try:
         yield from _settle(inode, bad.start)
     except OPERATION_ERRORS:
         # It could not be split and is gone, or the allocator does not answer.
         return
-    held = yield from inode.folio_locks.take(inode.unit_of(bad.start))
+    unit = inode.unit_of(bad.start)
+    held = yield from inode.folio_locks.take(unit)
     try:
-        is_here = inode.filemap.is_present(inode.unit_of(bad.start).start)
-        if is_here and not inode.poisoned.all_in(bad):
-            yield from _take_away(inode, bad)
+        # A guest fault without the lock may have brought another folio meanwhile.
+        for part in errors_of_unit(inode, unit.start, errors):
+            if not inode.poisoned.all_in(part):
+                yield from _take_away(inode, part)
     finally:
         yield from inode.folio_locks.give(held)
 

@@ -65,13 +65,22 @@ def pages_with_errors(inode: Inode, errors: Mapping[int, int]) -> PageSet:
     `errors` says, by frame, in how many pages from there on one may be.
     """
     bad = PageSet(len(inode.whole))
-    for index, entry in inode.filemap.entries(inode.whole) if errors else ():
-        frames = inode.unit_of(index).shifted(entry.folio.pfn - index)
-        for pfn, nr_pages in errors.items():
-            common = PgRange(pfn, pfn + nr_pages).intersection(frames)
-            if common:
-                bad.add(common.shifted(index - entry.folio.pfn))
+    for index in inode.filemap.present(inode.whole) if errors else ():
+        for pages in errors_of_unit(inode, index, errors):
+            bad.add(pages)
     return bad
+
+
+def errors_of_unit(
+    inode: Inode, index: int, errors: Mapping[int, int]
+) -> list[PgRange]:
+    """Return the pages of one unit whose frames have errors; none of a hole."""
+    entry = inode.filemap.get(index)
+    if entry is None:
+        return []
+    frames = inode.unit_of(index).shifted(entry.folio.pfn - index)
+    bad = [PgRange(pfn, pfn + nr).intersection(frames) for pfn, nr in errors.items()]
+    return [part.shifted(index - entry.folio.pfn) for part in bad if part]
 
 
 def believe_errors(inode: Inode, errors: Mapping[int, int]) -> None:

@@ -7,16 +7,18 @@ from collections.abc import Callable
 import pytest
 
 from gmem.guest_memfd.core import effects as fx
+from gmem.guest_memfd.core.error_calls import Difference
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.poison import believe_errors
 from gmem.guest_memfd.core.values import Sigbus
-from gmem.uapi.errors import Reason
-from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M
+from gmem.uapi.errors import Exhausted, Reason
+from gmem.uapi.pages import PAGE_SIZE, SIZE_1G, SIZE_2M, PgRange
 from tests.support.gmem_world import EIO, VM, GmemWorld
 from tests.unit.guest_memfd.core.test_memory_failure import (
     BAD,
     HOST,
     LINEAGES,
+    PUNCH,
     SIZES,
     Maker,
     inject,
@@ -31,10 +33,10 @@ def said(world: GmemWorld) -> dict[int, dict[int, int]]:
 
 
 def hear(world: GmemWorld) -> set[int]:
-    differences, strays = world.core.differences(said(world))
-    for difference in differences:
-        world.run(world.core.apply_difference(difference))
-    assert world.core.differences(said(world)) == ([], strays)
+    numbers, strays = world.core.differing(said(world))
+    for number in numbers:
+        assert world.run(world.core.compare_errors(number)) != []
+    assert world.core.differing(said(world)) == ([], strays)
     return strays
 
 
@@ -102,8 +104,7 @@ def test_an_unattached_folio_is_attached_first(
     fault = world.task(world.fault(inode, 0))
     fault.run_until(fx.Split)
     world.memory.inject(frame_of(inode, 3))
-    differences, _ = world.core.differences(said(world))
-    heard = world.task(world.core.apply_difference(differences[0]))
+    heard = world.task(world.core.compare_errors(inode.number))
     heard.run_until_blocked()
     fault.finish()
     heard.finish()
@@ -134,9 +135,9 @@ def test_an_inode_that_is_gone_is_passed_over() -> None:
     inode = world.bound(SIZE_2M, SIZE_2M)
     world.run(world.fault(inode, 0))
     world.memory.inject(frame_of(inode, 3))
-    (difference,), _ = world.core.differences(said(world))
+    assert world.core.differing(said(world)) == ([inode.number], set())
     world.run(world.core.close(inode.number))
-    world.run(world.core.apply_difference(difference))
+    assert world.run(world.core.compare_errors(inode.number)) == []
 
 
 def test_a_poisoned_folio_that_cannot_be_split_is_given_back_when_it_is_heard_of() -> (
@@ -160,11 +161,51 @@ def test_what_was_heard_before_is_nothing_new() -> None:
     inode = world.bound(SIZE_2M, SIZE_2M)
     world.run(world.fault(inode, 0))
     world.memory.inject(frame_of(inode, 3))
-    (difference,), _ = world.core.differences(said(world))
-    world.run(world.core.apply_difference(difference))
+    bad = Difference(PgRange(3, 4), bad=True)
+    assert world.run(world.core.compare_errors(inode.number)) == [bad]
     world.log.clear()
-    world.run(world.core.apply_difference(difference))
+    assert world.run(world.core.compare_errors(inode.number)) == []
     assert not world.asked(fx.InvalidateView)
+
+
+@SIZES
+@LINEAGES
+def test_a_page_that_was_punched_since_is_not_lost(
+    maker: Callable[[GmemWorld], Maker], page_size: int
+) -> None:
+    world = GmemWorld()
+    inode = maker(world)(max(page_size, 16 * PAGE_SIZE), page_size)
+    world.run(world.fault(inode, BAD))
+    world.memory.inject(frame_of(inode, BAD))
+    assert world.core.differing(said(world)) == ([inode.number], set())
+    world.run(world.core.fallocate(inode.number, PUNCH, 0, inode.i_size))
+    world.run(world.fault(inode, BAD))
+    assert world.run(world.core.compare_errors(inode.number)) == []
+    assert world.read(inode, HOST, BAD) == 0
+    world.check()
+
+
+def test_another_folio_that_came_meanwhile_is_not_lost() -> None:
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
+    world.run(world.get_pfn(inode, 0))
+    # Bound anew as shared, the whole folio is detached: the next fault splits it.
+    world.run(world.core.unbind(inode.number, VM, 0))
+    world.run(world.bind(inode, shared=True))
+    world.memory.inject(frame_of(inode, 3))
+    guest = world.task(world.get_pfn(inode, 0))
+    guest.run_until(fx.Split)
+    heard = world.task(world.core.compare_errors(inode.number))
+    heard.run_until_blocked()
+    # The guest's fault loses the folio, and the comparison has brought another.
+    world.fail_next(fx.Split, Reason.VMEMMAP_RESTORE_FAILED)
+    with pytest.raises(Exhausted):
+        guest.finish()
+    heard.finish()
+    assert inode.statistics().split_folios == 1
+    assert inode.statistics().poisoned_pages == 0
+    assert world.read(inode, HOST, 3) == 0
+    world.check()
 
 
 def test_a_restarted_service_believes_what_it_is_told_before_it_serves() -> None:
