@@ -105,6 +105,25 @@ def test_unpoisoning_leads_back_while_the_folio_is_in_use(page_size: int) -> Non
     assert memory.statistics().levels() == before
 
 
+@HUGE
+def test_a_folio_is_healthy_when_none_of_its_errors_is_left(page_size: int) -> None:
+    memory = HostMemory([PAGES_PER_1G + LITTLE], [BootPool(page_size, 1)])
+    handle, folio = one_folio(memory, page_size)
+    memory.split(handle, folio)
+    # Frame 0 is among them.
+    errors = [Pfn(folio.pfn + at) for at in (0, 3, 9)]
+    assert errors[0] == 0
+    for pfn in errors:
+        memory.inject(pfn)
+    for left in (2, 1, 0):
+        memory.unpoison(errors[left])
+        assert [frame.pfn for frame in memory.poisoned_frames()] == errors[:left]
+    memory.reconstruct(handle, folio, 1 << folio.order)
+    memory.free(handle, [folio])
+    assert memory.statistics().pool(page_size).free_huge_pages == 1
+    memory.check_frames()
+
+
 def test_an_error_in_a_4k_folio_withholds_it_when_it_is_freed() -> None:
     memory = host()
     before = memory.statistics()

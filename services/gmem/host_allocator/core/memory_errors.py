@@ -66,7 +66,8 @@ def unpoison(memory: HostMemory, pfn: int) -> PoisonedFrame:
     del backend.hwpoison[pfn]
     for pool in memory.hugetlb.values():
         live = pool.live_at(pfn)
-        if live is not None and not any(_errors_in(pool.hwpoison, live.folio.frames)):
+        # Frame 0 is a frame like any other, and false.
+        if live is not None and not [*_errors_in(pool.hwpoison, live.folio.frames)]:
             live.state = live.after(FolioEvent.UNPOISON)
             memory.touch(pool, [live.folio])
     start = pfn & -healed.nr_pages
