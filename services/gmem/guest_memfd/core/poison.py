@@ -19,11 +19,15 @@ from gmem.uapi.pages import PgRange
 def affected(inode: Inode, bad: PgRange) -> PgRange:
     """Return the pages that nobody may use because of an error in `bad`, of one unit.
 
-    All of a whole folio, of a split one only the bad pages.
+    All of a whole folio, of a split one only the bad pages; also of one that no view
+    shows and whoever comes next splits.
     """
-    entry = inode.filemap.get(inode.unit_of(bad.start).start)
-    is_whole = entry is not None and not entry.split
-    return inode.unit_of(bad.start) if is_whole else bad
+    unit = inode.unit_of(bad.start)
+    entry = inode.filemap.get(unit.start)
+    if entry is None or entry.split:
+        return bad
+    will_split = not entry.attached and inode.wants_split(unit.start)
+    return bad if will_split else unit
 
 
 def unusable(inode: Inode, pages: PgRange) -> list[PgRange]:

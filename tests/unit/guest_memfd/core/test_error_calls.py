@@ -122,11 +122,26 @@ def test_a_poisoned_folio_that_cannot_be_split_leaves_a_hole_that_is_shown() -> 
     inject(world, inode, BAD)
     world.run(world.bind(inode, shared=True))
     world.fail_next(fx.Split, Reason.VMEMMAP_RESTORE_FAILED)
-    assert world.run(world.fault(inode, 0)) == Sigbus(Reason.PAGE_POISONED)
+    assert world.run(world.fault(inode, BAD)) == Sigbus(Reason.PAGE_POISONED)
     with pytest.raises(OSError, match="injected"):
         world.run(world.get_pfn(inode, 0))
     assert inode.statistics().poisoned_pages == 0
     assert world.read(inode, HOST, BAD) == 0
+    world.check()
+
+
+def test_a_lost_folio_that_a_bind_makes_shared_loses_the_bad_page_alone() -> None:
+    world = GmemWorld()
+    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
+    world.run(world.get_pfn(inode, 0))
+    world.run(world.core.unbind(inode.number, VM, 0))
+    inject(world, inode, BAD)
+    assert world.read(inode, HOST, 0) == EIO
+    # The whole folio is detached: the next fault splits it.
+    world.run(world.bind(inode, shared=True))
+    assert world.read(inode, HOST, 0) == 0
+    assert world.read(inode, HOST, BAD) == EIO
+    assert inode.statistics().split_folios == 1
     world.check()
 
 
