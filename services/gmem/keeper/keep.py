@@ -85,6 +85,8 @@ class Keeper:
         self._control: socket.socket | None = None
         self._stand_in: StandIn | Shelf | None = None
         self._standing_in = False
+        # A service that asked for the way, which is not free yet.
+        self._waiting_for_way: socket.socket | None = None
         self._stopping = self._attached = False
         self._note: Any = None
         self._service_pid = self._starting = 0
@@ -106,6 +108,7 @@ class Keeper:
         """Keep until the service stops in order, or is given up; the exit status."""
         while self._status is None:
             away = self._control is None or self._standing_in
+            away = away or self._waiting_for_way is not None
             for key, _ in self._selector.select(IDLE_SECONDS if away else LOOK_SECONDS):
                 key.data()
             self._look()
@@ -223,7 +226,8 @@ class Keeper:
                 self._send_scanner(control)
             case "take_over":
                 self._stop_standing_in()
-                _tell(control, {"ok": True})
+                self._waiting_for_way = control
+                self._make_way()
             case "serving":
                 self._serving()
             case "stopping":
@@ -286,7 +290,7 @@ class Keeper:
         assert control is not None
         self._selector.unregister(control)
         control.close()
-        self._control = None
+        self._control = self._waiting_for_way = None
         if self._stopping:
             self._status = EXIT_OK
         elif self._stand_in is None or self.held is None:
@@ -313,6 +317,19 @@ class Keeper:
             self._selector.unregister(self._stand_in.fd)
         self._standing_in = False
         log("stood_in", **self._stand_in.counts)
+
+    def _make_way(self) -> None:
+        """Let a successor go on once no thread of the dead service reads any more.
+
+        It has requests sent again for the last time: what one of them takes along after
+        that nobody answers.
+        """
+        if self._waiting_for_way is None or self._stand_in is None:
+            return
+        self._stand_in.look()
+        if not self._stand_in.readers_left:
+            _tell(self._waiting_for_way, {"ok": True})
+            self._waiting_for_way = None
 
     def _plan_restart(self) -> None:
         now = time.monotonic()
@@ -353,6 +370,7 @@ class Keeper:
             self._plan_restart()
         if self._standing_in and self._stand_in is not None:
             self._stand_in.look()
+        self._make_way()
         if self._stand_in is not None and self._stand_in.dead:
             self._give_up("the fuse connection was ended")
         elif self._start_at is not None and now >= self._start_at:

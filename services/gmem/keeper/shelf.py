@@ -24,6 +24,7 @@ class Shelf:
     fd: Final = None
     """Where requests would arrive: nowhere."""
     dead: Final = False
+    readers_left: Final = False
 
     def __init__(self) -> None:
         self.inodes: dict[int, list[int]] = {}

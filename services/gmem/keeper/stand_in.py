@@ -75,6 +75,11 @@ class StandIn:
         }
 
     @property
+    def readers_left(self) -> bool:
+        """Whether the dead service may still take a request along."""
+        return self._readers_left
+
+    @property
     def inodes(self) -> dict[int, list[int]]:
         """The inodes that are held, and the memfd of the page states of each."""
         return {ino: [access.table.fd] for ino, access in self._tables.items()}

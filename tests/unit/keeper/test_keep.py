@@ -105,3 +105,69 @@ def test_who_serves_is_written_down(
     assert int(pid) == os.getpid()
     stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     assert start_time == stat[19]
+
+
+class DyingService:
+    """Stands in for a StandIn whose dead service has a thread that still reads."""
+
+    fd = None
+    fds_per_inode = 1
+    dead = False
+
+    def __init__(self, *_: object) -> None:
+        self.inodes: dict[int, list[int]] = {}
+        self.counts: dict[str, int] = {}
+        self.readers_left = True
+        self.begun = threading.Event()
+
+    def begin(self, dead_pid: int) -> None:
+        assert dead_pid == os.getpid()
+        self.begun.set()
+
+    def look(self) -> None:
+        """It ends when the test says so."""
+
+
+def test_a_successor_waits_for_the_last_reader_of_the_dead_service(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying = DyingService()
+    monkeypatch.setattr(keep, "StandIn", lambda *_: dying)
+    fds = tuple(os.memfd_create(name) for name in ("fuse", "mount", "store"))
+    held = Held(Backend.FUSE, fds, nr_pages=1, connection_id=0, survival=True)
+    keeper = Keeper(held, listener, Options(tmp_path))
+    answers: list[str] = []
+
+    def die(control: socket.socket) -> None:
+        fdpass.send(control, {"op": "serving"})
+
+    def take_over(control: socket.socket) -> None:
+        assert dying.begun.is_set()
+        fdpass.send(control, {"op": "take_over"})
+        control.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            fdpass.receive(control)
+        answers.append("none yet")
+        dying.readers_left = False
+        control.settimeout(10)
+        answer = fdpass.receive(control)
+        assert answer is not None
+        answers.append(str(answer.fields))
+        fdpass.send(control, {"op": "stopping"})
+
+    def both() -> None:
+        for act in (die, take_over):
+            with fdpass.connect(Path(listener.getsockname()), timeout=10) as control:
+                message = fdpass.receive(control, fds_max=3)
+                assert message is not None
+                fdpass.close_all(message.fds)
+                act(control)
+            dying.begun.wait(10)
+
+    thread = threading.Thread(target=both)
+    thread.start()
+    assert keeper.serve() == keep.EXIT_OK
+    thread.join(10)
+    keeper.close()
+    fdpass.close_all(fds)
+    assert answers == ["none yet", "{'ok': True}"]
