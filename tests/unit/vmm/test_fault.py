@@ -81,6 +81,15 @@ def test_one_fault_maps_a_bounded_number_of_pages() -> None:
     assert len(outcome.gfns) == FAULT_PAGES_MAX
 
 
+def test_shared_pages_in_an_open_bracket_are_not_mapped_beside_another() -> None:
+    vm = booted(private=False)
+    vm.invalidate_begin("a conversion", PgRange(GFN + 2, GFN + 4))
+    outcome = run(vm, ask(npages=10))
+    assert isinstance(outcome, Mapped)
+    assert outcome.gfns == PgRange(GFN, GFN + 1)
+    assert vm.statistics().stage2.pages_4k == 1
+
+
 @pytest.mark.parametrize(
     ("private", "access", "flags"),
     [(False, Access.PRIVATE, 8), (True, Access.SHARED, 0)],

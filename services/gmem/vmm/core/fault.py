@@ -176,6 +176,9 @@ def _shared(vm: Vm, slot: Memslot | None, request: Fault) -> FaultOutcome:
     wanted = slot.gfns.intersection(PgRange(request.gfn, stop))
     gfns, attributes = next(vm.attributes.runs(wanted))
     assert attributes is MemoryAttribute.SHARED, gfns
+    # A bracket is open over what follows the page: it may be about to be private.
+    if vm.invalidation.must_retry(vm.invalidation.seq, gfns):
+        gfns = PgRange(request.gfn, request.gfn + 1)
     return _install_shared(vm, slot, gfns, pfn=0)
 
 
