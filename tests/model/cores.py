@@ -32,6 +32,7 @@ from gmem.vmm.core.vm import Vm
 from tests.sim import checkers
 from tests.sim.host import Host, Touch
 from tests.sim.memory import Tag, guest_process
+from tests.sim.moment import Moment
 from tests.sim.options import Options
 from tests.sim.world import Outcome, World
 
@@ -54,8 +55,8 @@ class Cores:
         self.world = World(0, Options(), lineage)
         self.page_size = page_size
         self.host = Host(self.world, _boot(page_size, nr, base))
-        self.host.on_converted = partial(
-            checkers.split_iff_some_page_is_shared, self.host
+        self.host.on_converted.append(
+            partial(checkers.split_iff_some_page_is_shared, self.host)
         )
         self._hogged: tuple[Any, ...] = ()
         for name in ("a", "b"):
@@ -268,7 +269,7 @@ class Cores:
         unit = self.page_size // PAGE_SIZE
         units: dict[int, tuple[int, int]] = {
             entry.folio.pfn: (inode.number, index)
-            for inode, folios in checkers.Moment.now(self.host).folios
+            for inode, folios in Moment.now(self.host).folios
             for index, entry in folios
         }
         found = {}

@@ -168,5 +168,13 @@ SIM: Final[Mapping[str, Mutant]] = {
         """{"error_offset": 0, """,
         Lineage.IN_PLACE,
     ),
+    "shared pages are handed out past one with a memory error": _mutant(
+        "gmem.guest_memfd.core.operations",
+        """    if lost:
+        reach = PgRange(reach.start, lost[0].start)
+""",
+        "    del lost\n",
+        Lineage.RFC_V2,
+    ),
 }
 """By what was left out; each must be found within the fixed seeds."""

@@ -12,6 +12,7 @@ from gmem.guest_memfd.core.values import Folio
 from gmem.host_allocator.core.host_memory import HostMemory
 from gmem.host_allocator.core.values import Charging
 from gmem.host_allocator.core.values import Folio as HostFolio
+from tests.sim.errors import MemoryErrors
 from tests.sim.world import Answer, World, outcome_of
 
 
@@ -21,11 +22,12 @@ class Allocations:
     `in_flight` and `restructuring` are the folios between the services, by request.
     """
 
-    def __init__(self, world: World, memory: HostMemory) -> None:
+    def __init__(self, world: World, memory: HostMemory, errors: MemoryErrors) -> None:
         self.in_flight: dict[int, tuple[Folio, ...]] = {}
         self.restructuring: dict[int, Folio] = {}
         self._world = world
         self._memory = memory
+        self._errors = errors
         self._keys = 0
         world.performers.remote.update(
             {
@@ -61,6 +63,7 @@ class Allocations:
                 effect.handle, page_size=effect.page_size, nr_folios=effect.nr_folios
             )
             mine = tuple(Folio(f.pfn, f.order, f.node) for f in folios)
+            self._errors.note_allocated(mine)
             self.in_flight[key] = mine
             return mine
 
@@ -75,6 +78,7 @@ class Allocations:
         def make() -> None:
             folios = [_host_folio(folio) for folio in effect.folios]
             self._memory.free(effect.handle, folios)
+            self._errors.note_freed(effect.folios)
             self.in_flight.pop(key, None)
 
         self._call(make, answer)

@@ -6,7 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ from typing import Final
 from gmem.effects import Op
 from gmem.uapi.errors import KernelError, NoSuchObject
 from gmem.uapi.lineage import Lineage
-from tests.sim import checkers
+from tests.sim import checkers, error_checkers
 from tests.sim.machines import Machine
 from tests.sim.options import Options
 from tests.sim.workload import Workload
@@ -78,12 +78,12 @@ def run(
 def _safety_then_liveness(world: World) -> None:
     workload = Workload(world)
 
-    workload.host.on_converted = partial(
-        checkers.split_iff_some_page_is_shared, workload.host
-    )
-    workload.host.on_refused = partial(
-        checkers.what_came_before_a_refusal_is_converted, workload.host
-    )
+    host = workload.host
+    host.on_converted += [
+        partial(checkers.split_iff_some_page_is_shared, host),
+        partial(error_checkers.what_was_converted_is_shown, host),
+    ]
+    host.on_refused = partial(checkers.what_came_before_a_refusal_is_converted, host)
     workload.begin()
     _drain(workload)
 
@@ -94,8 +94,16 @@ def _safety_then_liveness(world: World) -> None:
     for machine in list(workload.machines):
         workload.run("settle", _settle(workload, machine))
     _drain(workload)
+    _require_finished(workload)
+    if world.random.random() < 0.5:
+        # Then nothing is lost any more.
+        workload.forget_errors()
+        _drain(workload)
+        _require_finished(workload)
     for machine in list(workload.machines):
         workload.run("end", workload.end(machine))
+    _drain(workload)
+    workload.forget_errors()
     _drain(workload)
     _require_nothing_left(workload)
 
@@ -106,6 +114,8 @@ def _drain(workload: Workload) -> None:
     while world.step():
         if world.steps > STEPS_MAX:
             world.broken(f"not finished after {STEPS_MAX} steps: {_unfinished(world)}")
+        if world.chance(world.options.poison):
+            workload.strike()
         if world.changed:
             world.changed = False
             checkers.check(workload.host)
@@ -151,6 +161,7 @@ def _require_nothing_left(workload: Workload) -> None:
     if host.guest_memfd.numbers:
         host.world.broken(f"inodes {host.guest_memfd.numbers} are left")
     host.allocator.unreserve(host.hog)
+    expected = host.errors.without_lost_folios(workload.at_boot)
     at_end = host.allocator.statistics().levels()
-    if at_end != workload.at_boot:
-        host.world.broken(f"{workload.at_boot} at boot, {at_end} at the end")
+    if replace(at_end, meminfo=expected.meminfo) != expected:
+        host.world.broken(f"{expected} expected, {at_end} at the end")

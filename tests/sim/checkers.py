@@ -8,12 +8,10 @@ undone is known from the requests under way (`in_flight`, `restructuring`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from gmem.guest_memfd.core.effects import AttachFolio, DetachFolio
 from gmem.guest_memfd.core.faultability import opposite
-from gmem.guest_memfd.core.filemap import Entry
 from gmem.guest_memfd.core.inode import Inode
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import PageState, ViewKind
@@ -24,25 +22,12 @@ from gmem.uapi.pages import PAGE_SIZE, PgRange
 from gmem.vmm.core.memslots import Memslot
 from gmem.vmm.core.mmu import Entry as Stage2Entry
 from gmem.vmm.core.vm import Vm
+from tests.sim import error_checkers
 from tests.sim.host import Host
+from tests.sim.moment import Moment, pages_of
 
 _REACHABLE: Final = (PageState.OPEN, PageState.CLOSING)
 _VIEWS: Final = tuple(ViewKind)
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A host between two steps; `folios` of each inode, also while it is evicted."""
-
-    host: Host
-    folios: list[tuple[Inode, list[tuple[int, Entry]]]]
-
-    @classmethod
-    def now(cls, host: Host) -> Moment:
-        """Read the filemaps once for all checkers."""
-        inodes = host.guest_memfd._inodes.values()
-        folios = [(inode, list(inode.filemap.entries(inode.whole))) for inode in inodes]
-        return cls(host, folios)
 
 
 def check(host: Host) -> None:
@@ -56,6 +41,8 @@ def check(host: Host) -> None:
     no_guest_mapping_of_a_changed_page(moment)
     no_byte_survives_a_hole(moment)
     faultability_is_total(moment)
+    error_checkers.nobody_reaches_a_lost_page(moment)
+    error_checkers.a_split_folio_with_an_error_stays_split(moment)
 
 
 def every_folio_is_somewhere_once(moment: Moment) -> None:
@@ -122,7 +109,7 @@ def _owned(host: Host) -> dict[int, int]:
 
 def subpools_fit_their_hstate(moment: Moment) -> None:
     """What subpools use is live, what they wait for is reserved, and is there."""
-    world = moment.host.world
+    world, errors = moment.host.world, moment.host.errors
     for pool in moment.host.allocator.hugetlb.values():
         used = reserved = 0
         for subpool in pool.subpools.values():
@@ -133,7 +120,10 @@ def subpools_fit_their_hstate(moment: Moment) -> None:
         if used != len(pool.live):
             world.broken(f"{used} folios are used, {len(pool.live)} live")
         free, resv = pool.hstate.free_huge_pages, pool.hstate.resv_huge_pages
-        if not reserved == resv <= free:
+        # A folio that was lost leaves its reservation behind.
+        order = pool.hstate.order
+        lost = sum(f.order == order for f in errors.apart + errors.withheld)
+        if not reserved == resv <= free + lost:
             world.broken(f"subpools have {reserved} reserved, {resv=}, {free=}")
 
 
@@ -160,9 +150,12 @@ def vmemmap_matches_structure(moment: Moment) -> None:
     host = moment.host
     saved = 0
     for pool in host.allocator.hugetlb.values():
+        order = pool.hstate.order
         whole = pool.hstate.nr_huge_pages
         whole -= sum(live.is_split for live in pool.live.values())
-        saved += whole * saved_vmemmap_pages(pool.hstate.order)
+        # A lost folio whose vmemmap could not be restored has left its pool.
+        whole += sum(folio.order == order for folio in host.errors.withheld)
+        saved += whole * saved_vmemmap_pages(order)
     if saved != host.allocator.vmemmap.saved_pages:
         host.world.broken(f"{saved} pages saved, not {host.allocator.vmemmap}")
     moving = [folio.pfn for folio in host.allocations.restructuring.values()]
@@ -249,7 +242,7 @@ def _require_frames(
     inode = host.guest_memfd._inodes.get(number)
     if inode is None:
         host.world.broken(f"{vm.name}: {entry} of inode {number}, which is gone")
-    pages = _pages(slot, entry.gfns)
+    pages = pages_of(slot, entry.gfns)
     for index in pages.huge_starts(inode.order) if entry.private else ():
         found = inode.filemap.get(index)
         first = max(index, pages.start)
@@ -305,8 +298,12 @@ def split_iff_some_page_is_shared(
             entry = inode.filemap.get(index)
             unit = PgRange(index, index + (1 << inode.order))
             shared = inode.faultability.any_in(unit, Faultability.ALL)
-            settled = entry is None or not entry.attached or entry.split is shared
-            if not settled:
+            if entry is None or not entry.attached:
+                continue
+            # A split folio with an error is not made whole, nor is it afterwards by a
+            # conversion that finds nothing to do.
+            kept = entry.split and entry.folio.pfn in host.errors.marked
+            if not kept and entry.split is not shared:
                 host.world.broken(f"{inode.number} at {index:#x}: {entry}, {to!r}")
 
 
@@ -346,6 +343,8 @@ def everything_is_at_rest(host: Host) -> None:
     """What holds of an idle host beside: the cores' own checks, no open bracket."""
     host.guest_memfd.check_all()
     host.allocator.check_frames()
+    error_checkers.errors_are_known(host)
+    error_checkers.what_is_not_lost_is_shown(host)
     for name in host.vmm.names():
         host.vmm.get(name).stage2.check()
         if host.vmm.get(name).invalidation.in_progress:
@@ -359,8 +358,3 @@ def _is_attaching(host: Host, inode: Inode) -> bool:
         and task.effect.inode == inode.number
         for task in host.world.tasks.values()
     )
-
-
-def _pages(slot: Memslot, gfns: PgRange) -> PgRange:
-    first = (slot.file_offset(gfns.start)) // PAGE_SIZE
-    return PgRange(first, first + len(gfns))

@@ -28,6 +28,7 @@ from gmem.vmm.core import effects as vx
 from gmem.vmm.core.invalidate import Notice
 from gmem.vmm.core.registry import VmRegistry
 from tests.sim.allocations import Allocations
+from tests.sim.errors import MemoryErrors
 from tests.sim.memory import Access, Memory, Mix, guest_process, is_guest
 from tests.sim.world import Answer, Outcome, World, outcome_of
 
@@ -87,11 +88,10 @@ class Host:
         self.memory = Memory(world)
         # Whose claim at the allocator is not guest_memfd's.
         self.hog = memory.reserve(PAGE_SIZE, 1, owner="hog")
-        self.allocations = Allocations(world, memory)
+        self.errors = MemoryErrors(world, memory, self.guest_memfd)
+        self.allocations = Allocations(world, memory, self.errors)
         # Who wants to hear of a finished conversion.
-        self.on_converted: Callable[[list[ByteRange], Faultability], None] = (
-            lambda ranges, to: None
-        )
+        self.on_converted: list[Callable[[list[ByteRange], Faultability], None]] = []
         # And who of one that was refused.
         self.on_refused: Callable[
             [list[ByteRange], Faultability, KernelError], None
@@ -103,6 +103,8 @@ class Host:
         # What is mapped where: by guest process and window; by the clients.
         self._windows: dict[tuple[str, int], Window] = {}
         self.client_views: dict[int, None] = {}
+        # What was ever bound of an inode.
+        self.bound: dict[int, list[PgRange]] = {}
         world.performers.local.update(self._local())
         world.performers.remote.update(self._of_guest_memfd())
         world.performers.remote.update(self._of_vmm())
@@ -228,6 +230,7 @@ class Host:
                 )
             finally:
                 mix.until = self.world.now
+            self.bound.setdefault(int(effect.name), []).append(pages)
             return self.guest_memfd.supports_shared(int(effect.name))
 
         self._drive(f"bind {effect.name}", op, answer, once=True)
@@ -281,7 +284,7 @@ class Host:
         except KernelError as error:
             self.on_refused([target], to, error)
             raise
-        self.on_converted(work, to)
+        self._converted(work, to)
 
     def _convert(self, effect: vx.Convert, answer: Answer) -> None:
         ranges = [ByteRange(int(r.name), r.offset, r.size) for r in effect.ranges]
@@ -301,10 +304,14 @@ class Host:
                 raise
             for mix in mixes:
                 self.memory.mixes.remove(mix)
-            self.on_converted(work, to)
+            self._converted(work, to)
 
         word = "to shared" if effect.to_shared else "to private"
         self._drive(f"convert {word}", op, answer, once=True)
+
+    def _converted(self, work: list[ByteRange], to: Faultability) -> None:
+        for hear in self.on_converted:
+            hear(work, to)
 
     def _differs(self, target: ByteRange, to: Faultability) -> bool:
         """Tell whether a conversion has work here: else the core does nothing."""

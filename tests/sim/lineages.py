@@ -30,6 +30,11 @@ _SOMETIMES: Final = (
     "reply from memory",
     "loser of an allocation race",
     "guest access served",
+    "a page lost",
+    "a frame lost",
+    "an error forgotten",
+    "heard of a memory error",
+    "a guest met a memory error",
 )
 _CONVERTING: Final = (
     *_SOMETIMES,
@@ -38,6 +43,7 @@ _CONVERTING: Final = (
     "reconstruct",
     "refused: POOL_EMPTY",
     "refused: VMEMMAP_RESTORE_FAILED",
+    "a lost huge folio left its pool",
 )
 
 

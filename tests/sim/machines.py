@@ -64,6 +64,8 @@ class Machines:
         self.at_boot = self.host.allocator.statistics().levels()
         self.machines: list[Machine] = []
         self.running = 0
+        # How often the first folio is picked, on which everybody then meets.
+        self.focus = world.random.choice((0.0, 0.5, 0.9))
         self._spared: tuple[Folio, ...] = ()
         self._take_base_memory()
 
@@ -86,6 +88,24 @@ class Machines:
         if self._spared:
             self.host.allocator.free(self.host.hog, self._spared)
             self._spared = ()
+
+    # Chance.
+
+    def pick(self, whole: PgRange) -> PgRange:
+        """Pick a few pages, one unit, or all of a range; the same ones often."""
+        random, unit = self.world.random, self.shape.unit
+        kind = random.random()
+        if kind < 0.08:
+            return whole
+        units = -(-len(whole) // unit)
+        focused = random.random() < self.focus
+        first = whole.start + (0 if focused else random.randrange(units)) * unit
+        if kind < 0.3 and unit > 1:
+            return PgRange(first, min(whole.stop, first + unit))
+        start = first + random.choice((0, 0, 1, 7, unit - 1))
+        start = min(start, whole.stop - 1)
+        length = random.choice((1, 1, 2, 3, unit))
+        return PgRange(start, min(whole.stop, start + length))
 
     # Running scripts.
 

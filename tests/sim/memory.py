@@ -190,6 +190,12 @@ class Memory:
         finally:
             self._punches.remove(punch)
 
+    def is_punched(self, inode: int, pages: PgRange) -> bool:
+        """Tell whether somebody is punching some of `pages`."""
+        return any(
+            number == inode and part.overlaps(pages) for number, part in self._punches
+        )
+
     def note_hole(self, inode: int, pages: PgRange, before: int) -> None:
         """Note that a punch is over: no byte written before it began may be seen."""
         for tag in self.tags.values():
@@ -290,8 +296,9 @@ class Memory:
             for frame in [frame for frame in self.tags if frame in part]:
                 del self.tags[frame]
 
-    def _invalidate_view(self, effect: fx.InvalidateView) -> None:
-        _drop(self.tables[effect.inode].mapped[effect.view], effect.pages)
+    def _invalidate_view(self, effect: fx.InvalidateView) -> bool:
+        """Unmap pages; what was mapped counts as dirty."""
+        return _drop(self.tables[effect.inode].mapped[effect.view], effect.pages)
 
     def _quiesce_view(self, effect: fx.QuiesceView) -> None:
         table, pages = self.tables[effect.inode], effect.pages
@@ -363,6 +370,8 @@ def _frames(table: Table, pages: PgRange) -> Iterator[tuple[int, int]]:
 
 def _drop(
     mapped: dict[tuple[str, int], int], pages: PgRange, who: str | None = None
-) -> None:
-    for key in [key for key in mapped if key[1] in pages and who in (None, key[0])]:
+) -> bool:
+    keys = [key for key in mapped if key[1] in pages and who in (None, key[0])]
+    for key in keys:
         del mapped[key]
+    return bool(keys)

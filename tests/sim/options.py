@@ -28,6 +28,8 @@ class Options:
     """The pool has fewer folios than the VMs together want."""
     vmemmap_short: bool = False
     """Somebody takes base memory, which splits need for their vmemmap."""
+    poison: float = 0.0
+    """Chance that a step brings a memory error somewhere, or has one forgotten."""
     endings: bool = False
     """Files are closed, memslots and VMs deleted, clients killed, in mid-flight."""
 
@@ -45,6 +47,7 @@ class Options:
             small_pool=random.random() < 0.25,
             vmemmap_short=random.random() < 0.4,
             endings=random.random() < 0.5,
+            poison=_some(random, 0.02) if random.random() < 0.6 else 0.0,
         )
 
     def healed(self) -> Options:

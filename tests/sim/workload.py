@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from gmem.effects import Op, perform
 from gmem.guest_memfd.core.inodes import ByteRange
 from gmem.guest_memfd.core.values import HoldKind, ViewKind
-from gmem.uapi.errors import Contended
+from gmem.uapi.errors import Contended, Errno
 from gmem.uapi.flags import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -27,8 +27,9 @@ from gmem.vmm.core.policy import Policy, answer
 from gmem.vmm.core.populate import populate_memory
 from gmem.vmm.core.vm import Vm
 from tests.sim.host import Touch, Wait
-from tests.sim.machines import CLIENTS, File, Machine, Machines, pages_of
+from tests.sim.machines import CLIENTS, File, Machine, pages_of
 from tests.sim.memory import guest_process
+from tests.sim.strikes import Strikes
 from tests.sim.world import World
 
 ACTIONS: Final = 90
@@ -42,14 +43,12 @@ ATTEMPTS_MAX: Final = 8
 Action: TypeAlias = Callable[[Machine], Op[None]]
 
 
-class Workload(Machines):
+class Workload(Strikes):
     """The scripts of one history, and what they have made so far."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self.holds: list[int] = []
-        # How often the first folio is picked, on which everybody then meets.
-        self._focus = world.random.choice((0.0, 0.5, 0.9))
         self._crowd = [
             *[self.guest_access] * 5,
             *[self.host_access] * 2,
@@ -95,6 +94,8 @@ class Workload(Machines):
             actions += [self.convert_file] * 4
         if self.world.play.attributes2:
             actions += [self.convert_onward] * 4
+        if self.world.options.poison:
+            actions += [self.ail] * 2
         if self.world.options.endings:
             actions += [*[self.close] * 2, self.delete_slot, self.delete_vm, self.kill]
         self._run(random.choice(actions), machine)
@@ -112,7 +113,7 @@ class Workload(Machines):
         random = self.world.random
         file = random.choice(machine.files)
         write = random.random() < 0.6
-        for pgoff in islice(self._pick(PgRange(0, file.nr_pages)), 2):
+        for pgoff in islice(self.pick(PgRange(0, file.nr_pages)), 2):
             yield from self._touch_host(file.number, pgoff, write=write)
 
     def _touch_host(self, number: int, pgoff: int, *, write: bool) -> Op[bool]:
@@ -122,11 +123,11 @@ class Workload(Machines):
     def stampede(self, machine: Machine) -> Op[None]:
         """Let everybody at the same folio at the same time."""
         random = self.world.random
-        focus, self._focus = self._focus, 1.0
+        focus, self.focus = self.focus, 1.0
         for _ in range(random.randint(3, 12)):
             self._run(random.choice(self._crowd), machine)
             yield from perform(Wait(random.randint(0, 4)))
-        self._focus = focus
+        self.focus = focus
 
     def balloon(self, machine: Machine) -> Op[None]:
         """Give a folio back while the guest touches pages of it for the first time."""
@@ -155,6 +156,20 @@ class Workload(Machines):
         self.run("share", self._share_first(machine, gfns))
         yield from self._touch_guest(machine, gfns)
 
+    def ail(self, machine: Machine) -> Op[None]:
+        """Share a page of a folio that has a memory error, while the guest uses it."""
+        where = self._unit(machine)
+        if where is None:
+            return
+        number, whole, gfns = where
+        yield from self._make_private(machine, gfns)
+        yield from self._touch_guest(machine, gfns)
+        yield from self.poison(
+            number, self.world.random.randrange(whole.start, whole.stop)
+        )
+        yield from self._share_first(machine, gfns)
+        yield from self._touch_guest(machine, gfns)
+
     def _unit(self, machine: Machine) -> tuple[int, PgRange, PgRange] | None:
         """Pick a unit of a memslot; return its inode, its pages, its guest frames."""
         random, unit = self.world.random, self.shape.unit
@@ -162,7 +177,7 @@ class Workload(Machines):
         if slot is None:
             return None
         number, pages = pages_of(slot, slot.gfns)
-        focused = random.random() < self._focus
+        focused = random.random() < self.focus
         skip = 0 if focused else random.randrange(len(pages) // unit) * unit
         index, gfn = pages.start + skip, slot.gfns.start + skip
         return number, PgRange(index, index + unit), PgRange(gfn, gfn + unit)
@@ -187,7 +202,7 @@ class Workload(Machines):
     def dontneed(self, machine: Machine) -> Op[None]:
         """MADV_DONTNEED by every client, over some pages."""
         file = self.world.random.choice(machine.files)
-        pages = self._pick(PgRange(0, file.nr_pages))
+        pages = self.pick(PgRange(0, file.nr_pages))
         for who in CLIENTS:
             self.host.memory.drop_mappings(who, file.number, pages)
         yield from ()
@@ -230,7 +245,7 @@ class Workload(Machines):
         """Take a hold on shared pages."""
         random = self.world.random
         file = random.choice(machine.files)
-        pages = self._pick(PgRange(0, file.nr_pages))
+        pages = self.pick(PgRange(0, file.nr_pages))
         yield from self._pin(file.number, pages)
 
     def _pin(self, number: int, pages: PgRange) -> Op[int]:
@@ -261,7 +276,7 @@ class Workload(Machines):
 
     def populate(self, machine: Machine) -> Op[None]:
         """Write launch-time content into private pages."""
-        gfns = self._pick(machine.gfns(self.world.random))
+        gfns = self.pick(machine.gfns(self.world.random))
         address, size = gfns.offset, min(gfns.size, 2 * PAGE_SIZE)
         name = machine.vm.name
         yield from self.ask(
@@ -280,7 +295,7 @@ class Workload(Machines):
         """Read or write bytes as a client of another machine does."""
         random = self.world.random
         file = random.choice(machine.files)
-        pages = self._pick(PgRange(0, file.nr_pages))
+        pages = self.pick(PgRange(0, file.nr_pages))
         size = min(pages.size, 4 * PAGE_SIZE)
         target = ByteRange(file.number, pages.offset, size)
         core = self.host.guest_memfd
@@ -299,7 +314,7 @@ class Workload(Machines):
     def convert(self, machine: Machine) -> Op[None]:
         """KVM_SET_MEMORY_ATTRIBUTES, after MADV_DONTNEED where the VMM is polite."""
         random = self.world.random
-        gfns = self._pick(machine.all_gfns)
+        gfns = self.pick(machine.all_gfns)
         private = random.random() < 0.5
         if private and not self.world.chance(self.world.options.rude):
             self.forget(machine, gfns)
@@ -309,7 +324,7 @@ class Workload(Machines):
         """Convert pages of a file by its own ioctl, memslot or not."""
         random = self.world.random
         file = random.choice(machine.files)
-        pages = self._pick(PgRange(0, file.nr_pages))
+        pages = self.pick(PgRange(0, file.nr_pages))
         to = random.choice(list(Faultability))
         yield from self._convert_file(file.number, pages, to)
 
@@ -343,7 +358,7 @@ class Workload(Machines):
     def guest_access(self, machine: Machine) -> Op[None]:
         """Load or store as a vCPU, through stage 2; the default policy converts."""
         random = self.world.random
-        gfn = self._pick(machine.gfns(random)).start
+        gfn = self.pick(machine.gfns(random)).start
         access = random.choice((Access.BY_ATTRIBUTE, Access.BY_ATTRIBUTE, *Access))
         yield from self._guest_access(machine.vm, gfn, access)
 
@@ -363,11 +378,15 @@ class Workload(Machines):
         random = self.world.random
         view = self.host.tlb.get((vm.name, gfn))
         if view is None:
-            outcome = yield from fault(vm, Fault(gfn, 1, access, write))
+            npages = random.choice((1, 1, 1, 4))
+            outcome = yield from fault(vm, Fault(gfn, npages, access, write))
             match outcome:
                 case Retry():
                     yield from perform(Wait(random.randint(1, RETRY_MAX)))
                     return False
+                case MemoryFault(errno=Errno.EHWPOISON):
+                    self.world.marks["a guest met a memory error"] += 1
+                    return True
                 case MemoryFault():
                     back = yield from answer(vm, Policy.CONVERT, outcome)
                     return back != 0
@@ -393,23 +412,7 @@ class Workload(Machines):
 
     def _pick_to_fallocate(self, file: File) -> PgRange:
         """Pick pages, mostly such as fallocate of the lineage takes."""
-        pages = self._pick(PgRange(0, file.nr_pages))
+        pages = self.pick(PgRange(0, file.nr_pages))
         if self.world.play.whole_folios and self.world.random.random() < 0.9:
             return pages.rounded_out(order_of(self.shape.page_size))
         return pages
-
-    def _pick(self, whole: PgRange) -> PgRange:
-        """Pick a few pages, one unit, or all of a range; the same ones often."""
-        random, unit = self.world.random, self.shape.unit
-        kind = random.random()
-        if kind < 0.08:
-            return whole
-        units = -(-len(whole) // unit)
-        focused = random.random() < self._focus
-        first = whole.start + (0 if focused else random.randrange(units)) * unit
-        if kind < 0.3 and unit > 1:
-            return PgRange(first, min(whole.stop, first + unit))
-        start = first + random.choice((0, 0, 1, 7, unit - 1))
-        start = min(start, whole.stop - 1)
-        length = random.choice((1, 1, 2, 3, unit))
-        return PgRange(start, min(whole.stop, start + length))
