@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 import structlog
 
 from gmem.runtime.backend import Backend
 from gmem.testing.watchdog import FuseWatchdog
-from gmem.uapi.lineage import Lineage
 from tests.sim.lineages import played
 from tests.support.backends import backend_of, parametrize
+from tests.support.dealing import scope_of
 from tests.support.requirements import require_fuse, require_root
 
 TESTS = Path(__file__).parent
 # A test that serves FUSE has this long before its connections are aborted; less
 # than the timeout of a test, so that the hang ends with a reason.
 FUSE_BOUND_SECONDS = 60.0
-_SHARED_BY: Final = frozenset((*Backend, *Lineage))
 
 
 def pytest_configure() -> None:
@@ -82,13 +80,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     scheduling = LoadScopeScheduling(config, log)
     scheduling._split_scope = scope_of
     return scheduling
-
-
-def scope_of(nodeid: str) -> str:
-    """Return what a test shares with others: its module, and a backend or lineage."""
-    path, _, name = nodeid.partition("::")
-    word = re.split(r"[\[\]-]", name + "[")[1]
-    return f"{path} {word}" if word in _SHARED_BY else path
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
