@@ -41,21 +41,22 @@ class Rules:
     attributes. `attributes2`: the ioctl of files is one for both ways, by huge pages.
     `side_is_file`: what userspace maps at a memslot must be the file, where it can be.
     `whole_folios`: fallocate takes whole huge pages alone.
-    `never`: calls that cannot come to anything.
+    `never`: calls that cannot come to anything. Defaults are what all series after the
+    first have.
     """
 
     vm_converts: bool
     file_decides: bool
-    bind_shares: bool
-    keeps_content: bool
-    rounds_out: bool
-    busy: int
-    counts_references: bool
     punch_merges_first: bool
-    holds_keep_inode: bool
     counts_base_pages: bool
     huge_flag: int
     size_shift: int
+    bind_shares: bool = False
+    keeps_content: bool = True
+    rounds_out: bool = True
+    busy: int = errno.EAGAIN
+    counts_references: bool = True
+    holds_keep_inode: bool = False
     size_mask: int = 0x3F
     page_sizes: tuple[int, ...] = (PAGE, SIZE_2M, SIZE_1G)
     begins_shared: bool = False
@@ -92,13 +93,7 @@ RULES: Final[Mapping[str, Rules]] = {
     "RFC_V2": Rules(
         vm_converts=False,
         file_decides=True,
-        bind_shares=False,
-        keeps_content=True,
-        rounds_out=True,
-        busy=errno.EAGAIN,
-        counts_references=True,
         punch_merges_first=True,
-        holds_keep_inode=False,
         counts_base_pages=False,
         huge_flag=1 << 2,
         size_shift=58,
@@ -112,13 +107,7 @@ RULES: Final[Mapping[str, Rules]] = {
     "IN_PLACE": Rules(
         vm_converts=False,
         file_decides=True,
-        bind_shares=False,
-        keeps_content=True,
-        rounds_out=True,
-        busy=errno.EAGAIN,
-        counts_references=True,
         punch_merges_first=True,
-        holds_keep_inode=False,
         counts_base_pages=True,
         huge_flag=1 << 2,
         size_shift=0,
@@ -136,13 +125,7 @@ RULES: Final[Mapping[str, Rules]] = {
     "MAINLINE": Rules(
         vm_converts=False,
         file_decides=False,
-        bind_shares=False,
-        keeps_content=True,
-        rounds_out=True,
-        busy=errno.EAGAIN,
-        counts_references=True,
         punch_merges_first=False,
-        holds_keep_inode=False,
         counts_base_pages=False,
         huge_flag=0,
         size_shift=26,

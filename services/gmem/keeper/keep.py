@@ -107,12 +107,16 @@ class Keeper:
     def serve(self) -> int:
         """Keep until the service stops in order, or is given up; the exit status."""
         while self._status is None:
-            away = self._control is None or self._standing_in
-            away = away or self._waiting_for_way is not None
-            for key, _ in self._selector.select(IDLE_SECONDS if away else LOOK_SECONDS):
+            for key, _ in self._selector.select(self._pause()):
                 key.data()
             self._look()
         return self._status
+
+    def _pause(self) -> float:
+        """Return the seconds until the next look, if nothing is heard."""
+        away = self._control is None or self._standing_in
+        waited_for = self._waiting_for_way is not None
+        return IDLE_SECONDS if away or waited_for else LOOK_SECONDS
 
     def close(self) -> None:
         """Close what is ours; a service that is being started is ended."""

@@ -189,22 +189,24 @@ class Runner:
             if pending is None:
                 pending = self._advance(run)
             while pending is not None:
-                try:
-                    if isinstance(pending, Blocking):
-                        in_worker = self._in_worker(run, pending)
-                    else:
-                        in_worker = None
-                        run.reply(await _answer_to(pending))
-                except Exception as error:  # noqa: BLE001 - thrown into the op
-                    in_worker = None
-                    run.throw(error)
-                pending = self._advance(run) if in_worker is None else await in_worker
+                if isinstance(pending, Blocking):
+                    pending = await self._in_worker(run, pending)
+                else:
+                    pending = await self._here(run, pending)
         except Exception as error:  # noqa: BLE001 - goes to whoever asked
             self._fail(run.done, error)
 
-    def _in_worker(
-        self, run: _Run[T], blocking: Blocking
-    ) -> asyncio.Future[_Pending | None]:
+    async def _here(
+        self, run: _Run[T], pending: Future[Ticket] | Remote
+    ) -> _Pending | None:
+        """Wait for a lock or somebody else, and go on as far as it gets."""
+        try:
+            run.reply(await _answer_to(pending))
+        except Exception as error:  # noqa: BLE001 - thrown into the op
+            run.throw(error)
+        return self._advance(run)
+
+    async def _in_worker(self, run: _Run[T], blocking: Blocking) -> _Pending | None:
         """Have a worker perform an effect, and go on as far as it gets."""
 
         def perform_and_advance() -> _Pending | None:
@@ -215,7 +217,12 @@ class Runner:
             return self._advance(run, may_sleep=True)
 
         work = partial(copy_context().run, perform_and_advance)
-        return self._loop.run_in_executor(blocking.workers(), work)
+        try:
+            advanced = self._loop.run_in_executor(blocking.workers(), work)
+        except Exception as error:  # noqa: BLE001 - thrown into the op: they have ended
+            run.throw(error)
+            return self._advance(run)
+        return await advanced
 
     def _fail(self, done: Future[T], error: Exception) -> None:
         theirs = isinstance(error, KernelError | TransportError)

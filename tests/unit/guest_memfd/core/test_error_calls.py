@@ -47,6 +47,21 @@ def frame_of(inode: Inode, pgoff: int) -> int:
     return entry.folio.pfn + pgoff - index
 
 
+def bound_anew(
+    world: GmemWorld, meanwhile: Callable[[Inode], object] = lambda _: None
+) -> Inode:
+    """Bind a file that has a private folio anew, as shared; `meanwhile` it is unbound.
+
+    The whole folio is detached: the next fault splits it.
+    """
+    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
+    world.run(world.get_pfn(inode, 0))
+    world.run(world.core.unbind(inode.number, VM, 0))
+    meanwhile(inode)
+    world.run(world.bind(inode, shared=True))
+    return inode
+
+
 @LINEAGES
 @SIZES
 def test_what_the_allocator_says_is_believed_both_ways(
@@ -114,13 +129,7 @@ def test_an_unattached_folio_is_attached_first(
 
 def test_a_poisoned_folio_that_cannot_be_split_leaves_a_hole_that_is_shown() -> None:
     world = GmemWorld()
-    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
-    fault = world.task(world.get_pfn(inode, 0))
-    fault.finish()
-    # Bind anew as shared: the whole folio is detached, the next fault splits it.
-    world.run(world.core.unbind(inode.number, VM, 0))
-    inject(world, inode, BAD)
-    world.run(world.bind(inode, shared=True))
+    inode = bound_anew(world, lambda inode: inject(world, inode, BAD))
     world.fail_next(fx.Split, Reason.VMEMMAP_RESTORE_FAILED)
     assert world.run(world.fault(inode, BAD)) == Sigbus(Reason.PAGE_POISONED)
     with pytest.raises(OSError, match="injected"):
@@ -132,13 +141,12 @@ def test_a_poisoned_folio_that_cannot_be_split_leaves_a_hole_that_is_shown() -> 
 
 def test_a_lost_folio_that_a_bind_makes_shared_loses_the_bad_page_alone() -> None:
     world = GmemWorld()
-    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
-    world.run(world.get_pfn(inode, 0))
-    world.run(world.core.unbind(inode.number, VM, 0))
-    inject(world, inode, BAD)
-    assert world.read(inode, HOST, 0) == EIO
-    # The whole folio is detached: the next fault splits it.
-    world.run(world.bind(inode, shared=True))
+
+    def lose(inode: Inode) -> None:
+        inject(world, inode, BAD)
+        assert world.read(inode, HOST, 0) == EIO
+
+    inode = bound_anew(world, lose)
     assert world.read(inode, HOST, 0) == 0
     assert world.read(inode, HOST, BAD) == EIO
     assert inode.statistics().split_folios == 1
@@ -159,10 +167,7 @@ def test_a_poisoned_folio_that_cannot_be_split_is_given_back_when_it_is_heard_of
     None
 ):
     world = GmemWorld()
-    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
-    world.run(world.get_pfn(inode, 0))
-    world.run(world.core.unbind(inode.number, VM, 0))
-    world.run(world.bind(inode, shared=True))
+    inode = bound_anew(world)
     world.memory.inject(frame_of(inode, 3))
     world.fail_next(fx.Split, Reason.VMEMMAP_RESTORE_FAILED)
     assert hear(world) == set()
@@ -202,11 +207,7 @@ def test_a_page_that_was_punched_since_is_not_lost(
 
 def test_another_folio_that_came_meanwhile_is_not_lost() -> None:
     world = GmemWorld()
-    inode = world.bound(SIZE_2M, SIZE_2M, shared=False)
-    world.run(world.get_pfn(inode, 0))
-    # Bound anew as shared, the whole folio is detached: the next fault splits it.
-    world.run(world.core.unbind(inode.number, VM, 0))
-    world.run(world.bind(inode, shared=True))
+    inode = bound_anew(world)
     world.memory.inject(frame_of(inode, 3))
     guest = world.task(world.get_pfn(inode, 0))
     guest.run_until(fx.Split)
