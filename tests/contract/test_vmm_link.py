@@ -119,17 +119,25 @@ async def test_many_at_once_are_each_answered(
 
 @pytest.mark.parametrize("why", ["says nothing of it", "another directory", "gone"])
 async def test_without_a_socket_of_its_own_a_vmm_is_told_by_grpc(
-    vmm: Vmm, tmp_path: Path, heard: list[dict[str, Any]], why: str
+    vmm: Vmm,
+    tmp_path: Path,
+    heard: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
 ) -> None:
+    monkeypatch.setattr(vmm_link, "LOOK_AGAIN_SECONDS", 0.0)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     vmm.path = {"another directory": elsewhere / "b", "gone": vmm.path}.get(why, Path())
     broker = await broker_at(elsewhere / "b", heard.append)
-    async with link_to(vmm) as link:
-        for _ in range(3):
-            await link.tell(Edge.BEGIN, VM, GFNS)
-            await asyncio.sleep(0.05)
-        assert not link.by_socket
+    with capture_logs() as logs:
+        async with link_to(vmm) as link:
+            for _ in range(3):
+                await link.tell(Edge.BEGIN, VM, GFNS)
+                await asyncio.sleep(0.05)
+            assert not link.by_socket
+    said = [line for line in logs if line["event"] == "vmm_is_told_by_grpc"]
+    assert [line["target"] for line in said] == [vmm.target]
     await broker.stop()
     assert (vmm.told, heard) == ([BY_GRPC] * 3, [])
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Self
@@ -59,6 +58,7 @@ class VmmLink:
         self._socket: NoticeSocket | None = None
         self._looking: asyncio.Task[None] | None = None
         self._look_at = 0.0
+        self._said = ""
 
     @property
     def by_socket(self) -> bool:
@@ -129,15 +129,24 @@ class VmmLink:
             self._looking = asyncio.create_task(self._find_socket())
 
     async def _find_socket(self) -> None:
-        # A VMM that does not answer, or has no such method, is asked by gRPC only.
-        with suppress(KernelError, TransportError, OSError):
+        try:
             capabilities = await self._vmm.get_capabilities()
             path = Path(capabilities.broker_path)
             # Of this VMM and no namesake: another mount may show other sockets there.
-            if path.parent == Path(self._target.removeprefix(_UNIX)).parent:
-                found = await NoticeSocket.open(path, self._hello, self._seconds)
-                self._socket = found
-                log.info("vmm_socket_found", target=self._target, path=str(path))
+            if path.parent != Path(self._target.removeprefix(_UNIX)).parent:
+                raise FileNotFoundError(f"its broker is at {path}")
+            self._socket = await NoticeSocket.open(path, self._hello, self._seconds)
+        except (KernelError, TransportError, OSError) as error:
+            # A VMM that does not answer, or has no such method, among others.
+            self._say("vmm_is_told_by_grpc", error=str(error))
+        else:
+            self._say("vmm_socket_found", path=str(path))
+
+    def _say(self, event: str, **details: str) -> None:
+        """Log which way is taken, when it changes: it is looked for again and again."""
+        if event != self._said:
+            self._said = event
+            log.info(event, target=self._target, **details)
 
 
 class NoticeSocket:
